@@ -114,9 +114,9 @@ def check_arrays(spec: ModelSpec, arrays: Arrays) -> None:
                 f"Tensor {tensor.name!r} is {array.dtype}{list(array.shape)}, "
                 f"expected {tensor.dtype}{list(tensor.shape)}."
             )
-    for name in arrays:
-        if name not in {tensor.name for tensor in spec.tensors}:
-            raise ConfigError(f"Tensor {name!r} is not part of the model.")
+    unknown = arrays.keys() - {tensor.name for tensor in spec.tensors}
+    if unknown:
+        raise ConfigError(f"Tensor {min(unknown)!r} is not part of the model.")
 
 
 def model_hash(spec: ModelSpec, arrays: Arrays) -> bytes:
