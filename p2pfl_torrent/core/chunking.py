@@ -20,7 +20,7 @@ from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec
 
 MAX_CHUNKS = 1 << 16  # a chunk's index is 16 bits on the wire
-MAX_HEADER_PER_SLICE = 1 << 10  # JSON of one entry: a name of up to 512 characters and numbers
+MAX_HEADER_PER_SLICE = 2 << 10  # JSON of one entry: up to 256 characters of name, escaped
 MAX_HEADER_FIXED = 1 << 10  # braces, metadata and padding
 
 

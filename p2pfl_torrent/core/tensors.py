@@ -40,7 +40,7 @@ MAX_DIMENSIONS = 16
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     """Name, safetensors dtype name and shape of one exchanged tensor."""
 
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
     dtype: str
     shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 

@@ -1,0 +1,159 @@
+"""What all peers of a swarm agree on, and its hash, the swarm id.
+
+``Terms`` come from each peer's own configuration and model; a ``Genesis`` is the terms with what
+the swarm's first peer adds: a nonce that makes this run unique, and the start weights' hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any
+
+import msgspec
+
+from p2pfl_torrent.core.errors import RemoteProtocolError
+
+MAX_GENESIS_BYTES = 32768
+
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who is whose neighbour.
+
+    Attributes:
+        type: star, ring, mesh, tree, full or custom.
+        connections: neighbours per peer of a mesh.
+        arity: children per node of a tree.
+        custom_graph: pairs of a 1-based position in ``members`` (or in the roster where that is
+            empty) and its neighbours' positions, sorted.
+        members: PeerIds that the custom graph's integers stand for, in order.
+    """
+
+    type: str
+    connections: Count
+    arity: Count
+    custom_graph: tuple[tuple[int, tuple[int, ...]], ...]
+    members: tuple[str, ...]
+
+
+class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The clock and the completion rule.
+
+    Attributes:
+        total: number of rounds of the run.
+        client_num: members that round 1 waits for.
+        min_members: fewer than these and a round is solo.
+        join_timeout: seconds after which round 1 starts with at least min_members.
+        train_timeout: seconds of training before the exchange clock starts regardless.
+        exchange_timeout: seconds from the quorum's publication to the deadline.
+        quorum: share of the live members that must have published to start the exchange clock.
+        min_completion_ratio: below it the window is extended once, if that can help.
+        max_staleness: rounds by which an update may be late and still count, discounted.
+        fill_max_age: rounds for which an owner's last received chunk may stand in for a missing one.
+        max_num_samples: bound on any owner's weight.
+    """
+
+    total: Count
+    client_num: Count
+    min_members: Count
+    join_timeout: Seconds
+    train_timeout: Seconds
+    exchange_timeout: Seconds
+    quorum: Share
+    min_completion_ratio: Share
+    max_staleness: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    fill_max_age: Annotated[int, msgspec.Meta(ge=0, le=1000)]
+    max_num_samples: Count
+
+
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What each peer brings and all must share.
+
+    Attributes:
+        name: the swarm's name.
+        mode: who gets whose update; "swarm": everyone everyone's.
+        aggregator: how updates become one model; "fedavg".
+        seed: of everything that all peers must draw alike (the overlay).
+        model: fingerprint of the model spec.
+        layout: digest of the chunk layout.
+    """
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    mode: str
+    aggregator: str
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 53))]
+    model: str
+    layout: str
+    topology: TopologyTerms
+    rounds: RoundTerms
+
+
+class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A swarm.
+
+    Attributes:
+        run_id: a nonce, so that the same configuration run twice makes two swarms.
+        creator: the peer that drew it.
+        initial_hash: hex model_hash of the start weights.
+    """
+
+    terms: Terms
+    run_id: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    creator: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    initial_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+    def encode(self) -> bytes:
+        """Canonical bytes: JSON with sorted keys and no spaces."""
+        return msgspec.json.encode(self, order="deterministic")
+
+    @property
+    def swarm_id(self) -> bytes:
+        """SHA-256 of the canonical bytes (32 bytes)."""
+        return hashlib.sha256(self.encode()).digest()
+
+
+def encode_terms(terms: Terms) -> bytes:
+    """Canonical bytes of the terms."""
+    return msgspec.json.encode(terms, order="deterministic")
+
+
+def decode_terms(data: bytes) -> Terms:
+    """Terms sent by another peer, bounded and typed; RemoteProtocolError otherwise."""
+    return _decode(data, Terms)
+
+
+def decode_genesis(data: bytes) -> Genesis:
+    """A genesis sent by another peer, bounded and typed; RemoteProtocolError otherwise."""
+    return _decode(data, Genesis)
+
+
+def _decode(data: bytes, kind: type[Any]) -> Any:
+    if len(data) > MAX_GENESIS_BYTES:
+        raise RemoteProtocolError(f"{kind.__name__} of {len(data)} bytes")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteProtocolError(f"malformed {kind.__name__} ({error})") from error
+
+
+def difference(ours: Terms, theirs: Terms) -> str:
+    """Every key in which two terms differ, as ``rounds.total is 8 here and 10 there``."""
+    lines: list[str] = []
+
+    def compare(path: str, a: Any, b: Any) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted(a.keys() | b.keys(), key=str):
+                compare(f"{path}.{key}" if path else str(key), a.get(key), b.get(key))
+        elif a != b:
+            lines.append(f"{path} is {_short(a)} here and {_short(b)} there")
+
+    compare("", msgspec.to_builtins(ours), msgspec.to_builtins(theirs))
+    return "; ".join(lines)
+
+
+def _short(value: object) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else text[:24] + "..." + text[-8:]
