@@ -1,1 +1,1 @@
-"""What is measured, and how: each benchmark prints a table and can write JSON. May import both packages."""
+"""What is measured, and how; prints tables, writes JSON. May import `p2pfl_torrent`, `testnet`."""

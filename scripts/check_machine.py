@@ -1,6 +1,6 @@
 """Say in one sentence what this machine lacks for `make setup`, before pip fails at length.
 
-Runs on whatever Python the user has, so it keeps to what old versions understand.
+Runs on whatever Python 3 the user has, so it keeps to what old versions understand.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import sysconfig
 import tempfile
 
 
-def fastecdsa_comes_built():
+def fastecdsa_comes_built() -> bool:
     """Whether pip finds a wheel of the pinned fastecdsa, which libp2p needs, for this Python."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -20,7 +20,7 @@ def fastecdsa_comes_built():
         return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def gmp_is_here():
+def gmp_is_here() -> bool:
     """Whether a C compiler finds gmp.h and libgmp; fastecdsa's source build needs both."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -33,18 +33,18 @@ def gmp_is_here():
         return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
-def python_headers_are_here():
+def python_headers_are_here() -> bool:
     """Whether Python.h, which every source build includes, is installed."""
     return os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 
 
-def what_is_missing():
+def what_is_missing() -> "str | None":
     """One sentence that says what to do, or None."""
     version = "{}.{}".format(*sys.version_info[:2])
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         return (
-            "p2pfl_torrent needs Python 3.10 to 3.13 and {} is {}: name another one, "
-            "for example `make setup PYTHON=python3.11`.".format(sys.executable, version)
+            f"p2pfl_torrent needs Python 3.10 to 3.13 and {sys.executable} is {version}: "
+            "name another one, for example `make setup PYTHON=python3.11`."
         )
     if importlib.util.find_spec("ensurepip") is None:
         return (
@@ -54,9 +54,9 @@ def what_is_missing():
     can_build = gmp_is_here() and python_headers_are_here()
     if not can_build and not fastecdsa_comes_built():
         return (
-            "libp2p's dependency fastecdsa must be built from source on this Python {}, for which "
-            "it needs a C compiler, libgmp and Python's headers: on Debian, apt-get install gcc "
-            "libgmp-dev python3-dev, then run make again.".format(version)
+            "libp2p's dependency fastecdsa must be built from source here, for which it needs a "
+            "C compiler, libgmp and Python's headers: on Debian, apt-get install gcc libgmp-dev "
+            "python3-dev, then run make again."
         )
     return None
 
