@@ -1,0 +1,12 @@
+"""Models, data and training: the only room that imports torch.
+
+    state      a torch module as named arrays and back
+    gradients  what importance scores need from a backward pass
+    datasets   digits, MNIST from IDX files, whatever torchvision has
+    partition  who gets which samples: iid, dirichlet(alpha), label_skew(labels)
+    models     small networks, built from a seed
+    trainer    deterministic local training and evaluation
+    recipes    the tuned defaults of the demo and the benchmarks
+
+Nothing is imported here, so that `datasets` and `partition`, which need only numpy, stay light.
+"""
