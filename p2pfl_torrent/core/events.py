@@ -85,10 +85,16 @@ class MembersNow:
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun:
-    """Training of a round begins here; ``forgotten`` updates left the store."""
+    """Training of a round begins here.
+
+    Attributes:
+        forgotten: updates that left the store.
+        caught_up: the round's start weights were taken from another peer, not averaged here.
+    """
 
     round: int
     forgotten: tuple[UpdateId, ...] = ()
+    caught_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,17 @@ from p2pfl_torrent.core.peers import PeerId
 
 @dataclass(slots=True)
 class KnownUpdate:
-    """One update and how far it is here."""
+    """One update and how far it is here.
+
+    Attributes:
+        counted_in: the round whose aggregate it went into, here.
+        after_deadline: it became known when its round was over, so nobody counted it in that one.
+    """
 
     manifest: Manifest
     held: Bitfield
     counted_in: int | None = None
+    after_deadline: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,30 @@ def decode_manifest(
     return Manifest(signed, entries, wire.table)
 
 
+def encode_header_gossip(signed: SignedHeader) -> bytes:
+    """What is gossiped of a manifest too long for gossip: an encoded manifest without its table."""
+    return msgspec.msgpack.encode(_Wire(signed.raw, signed.signature, b""))
+
+
+def decode_manifest_gossip(
+    data: bytes, *, swarm: bytes, verify: Verify, max_num_samples: int
+) -> SignedHeader | None:
+    """The checked header of a gossiped manifest that lacks its table, None of one that has it.
+
+    Raises:
+        RemoteProtocolError: malformed, or as ``decode_signed_header``.
+    """
+    try:
+        wire = _decode_wire(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise RemoteProtocolError(f"malformed manifest gossip ({error})") from error
+    if wire.table:
+        return None
+    return decode_signed_header(
+        wire.header, wire.signature, swarm=swarm, verify=verify, max_num_samples=max_num_samples
+    )
+
+
 def _check_entries(entries: tuple[ChunkEntry, ...], layout: Layout, payload: int) -> None:
     if len(entries) != len(layout.chunks):
         raise RemoteProtocolError(f"{len(entries)} chunks, the swarm agreed on {len(layout.chunks)}")

@@ -1,0 +1,163 @@
+"""When a round is over here, and what then counts: pure functions over what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass
+from typing import Protocol
+
+from p2pfl_torrent.core.aggregation import discount
+from p2pfl_torrent.core.events import Count
+from p2pfl_torrent.core.genesis import RoundTerms
+from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
+from p2pfl_torrent.core.manifest import UpdateId
+from p2pfl_torrent.core.peers import PeerId
+
+
+class Sources(Protocol):
+    """What the closing rule asks the picker."""
+
+    def bytes_verified(self, update: UpdateId) -> int:
+        """Verified bytes of an update that is being fetched."""
+        ...
+
+    def missing_available(self, update: UpdateId) -> bool:
+        """Whether some holder has a chunk of it that is missing here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a round is at one moment.
+
+    Attributes:
+        waiting_for: live members expected to contribute whose update is not complete here.
+        obtainable: whether something missing of another update could still come from a holder.
+        lacking: whether any countable update is incomplete.
+        verified, announced: bytes of the countable updates of others.
+        obtainable_bytes: the part of what is missing that some holder has.
+    """
+
+    waiting_for: tuple[PeerId, ...]
+    obtainable: bool
+    lacking: bool
+    verified: int
+    announced: int
+    obtainable_bytes: int
+
+    @property
+    def completeness(self) -> float:
+        """Verified over announced bytes; 1 when nothing was announced."""
+        return self.verified / self.announced if self.announced else 1.0
+
+
+def standing(
+    *,
+    local: PeerId,
+    round: int,
+    terms: RoundTerms,
+    ledger: Ledger,
+    sources: Sources,
+    live: Mapping[PeerId, int],
+) -> Standing:
+    """Where the round stands; ``live`` maps each live member to the round it is waited from."""
+    obtainable = lacking = False
+    verified = announced = obtainable_bytes = 0
+    for known in ledger.countable(round, terms.max_staleness):
+        if known.manifest.owner == local:
+            continue
+        total = known.manifest.header.payload_bytes
+        announced += total
+        if known.held.complete:
+            verified += total
+            continue
+        here = sources.bytes_verified(known.manifest.update)
+        verified += here
+        lacking = True
+        if sources.missing_available(known.manifest.update):
+            obtainable = True
+            obtainable_bytes += total - here
+    waiting_for = tuple(
+        member
+        for member, since in sorted(live.items())
+        if member != local and since <= round and not _complete(ledger, member, round)
+    )
+    return Standing(waiting_for, obtainable, lacking, verified, announced, obtainable_bytes)
+
+
+def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:
+    """Whether an owner's part of the round is done: its update here, or excluded for lying."""
+    if ledger.equivocated(owner, round):
+        return True
+    known = ledger.update_of(owner, round)
+    return known is not None and known.held.complete
+
+
+def counts(
+    *,
+    local: PeerId,
+    round: int,
+    terms: RoundTerms,
+    ledger: Ledger,
+    dead: Collection[PeerId],
+) -> tuple[Count, ...]:
+    """What goes into the aggregate, in canonical order.
+
+    An update of this round counts with the chunks that are here, its missing ones filled with the
+    owner's last received. An update of which nothing is here yet, or a late one that is still
+    incomplete, is left for the next round while it is young enough.
+    """
+    result: list[Count] = []
+    for known in ledger.countable(round, terms.max_staleness):
+        header = known.manifest.header
+        staleness = round - header.round
+        if known.held.count == 0:
+            continue
+        if staleness and not known.held.complete and staleness < terms.max_staleness:
+            continue
+        fills = _fills(known, round, terms.fill_max_age, ledger)
+        result.append(
+            Count(
+                manifest=known.manifest,
+                weight=header.num_samples * discount(staleness),
+                chunks=tuple(known.held),
+                fills=fills,
+                status=_status(known, staleness, known.manifest.owner in dead),
+            )
+        )
+    return tuple(result)
+
+
+def _fills(known: KnownUpdate, round: int, max_age: int, ledger: Ledger) -> dict[int, UpdateId]:
+    if known.held.complete:
+        return {}
+    found = {
+        chunk: ledger.fill(known.manifest.owner, chunk, round, max_age)
+        for chunk in range(len(known.held))
+        if chunk not in known.held
+    }
+    return {chunk: update for chunk, update in found.items() if update is not None}
+
+
+def _status(known: KnownUpdate, staleness: int, dead: bool) -> str:
+    if staleness:
+        return "late"
+    if known.held.complete:
+        return "complete"
+    return "dead" if dead else "partial"
+
+
+def too_late(ledger: Ledger, round: int, max_staleness: int) -> tuple[tuple[PeerId, int], ...]:
+    """(owner, round trained in) of updates that can no longer count anywhere."""
+    return tuple(
+        sorted(
+            (known.manifest.owner, known.manifest.round)
+            for known in ledger
+            if known.counted_in is None and known.manifest.round < round - max_staleness
+        )
+    )
+
+
+def published_by(ledger: Ledger, live: Set[PeerId], round: int) -> int:
+    """How many live members are known to have published in a round."""
+    return len(ledger.publishers(round) & live)

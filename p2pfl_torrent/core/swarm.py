@@ -1,0 +1,504 @@
+"""The swarm machine: one peer's part in the exchange of updates, decided without any I/O.
+
+Fed with what happened (``events`` stimuli) and the time, it answers with what to do (effects). A
+round at this machine is ``training`` until the own update is ready, ``exchanging`` until it is
+closed, then ``closed`` until the shell has averaged and says that the next one begins.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.chunking import Layout
+from p2pfl_torrent.core.closing import Standing, counts, standing, too_late
+from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
+from p2pfl_torrent.core.events import Drop, Effect, Emit, Stimulus
+from p2pfl_torrent.core.fetching import Fetching
+from p2pfl_torrent.core.genesis import Genesis
+from p2pfl_torrent.core.ledger import Ledger
+from p2pfl_torrent.core.manifest import (
+    Manifest,
+    SignedHeader,
+    UpdateId,
+    decode_manifest,
+    decode_manifest_gossip,
+    encode_header_gossip,
+)
+from p2pfl_torrent.core.messages import (
+    Availability,
+    Have,
+    ManifestData,
+    Message,
+    NoManifest,
+    Piece,
+    Pong,
+    Reject,
+    availability_gossip,
+    decode_availability_gossip,
+)
+from p2pfl_torrent.core.peers import PeerId, Verify
+from p2pfl_torrent.core.picker import Picker, PickerPolicy
+from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
+from p2pfl_torrent.core.rounds import DeadlineChange, RoundClock
+from p2pfl_torrent.core.serving import Serving, Upload, chunks_of
+from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
+
+MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pulled
+MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
+PROTOCOL_BAN = 60.0  # seconds, doubled by each further offence
+MAX_BAN = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmPolicy:
+    """Local settings of the machine.
+
+    Attributes:
+        announce_interval: seconds between two availability gossips; edges carry Have at once, so
+            this only repairs.
+        settle_seconds: how long nothing more of a dead owner's update may have become available
+            before it is given up: some relays' Have away.
+    """
+
+    picker: PickerPolicy = PickerPolicy()
+    uploads: UploadPolicy = UploadPolicy()
+    announce_interval: float = 1.0
+    settle_seconds: float = 0.5
+
+
+class Swarm:
+    """Everything this peer knows and decides about the updates of one swarm."""
+
+    def __init__(
+        self,
+        *,
+        local: PeerId,
+        genesis: Genesis,
+        layout: Layout,
+        policy: SwarmPolicy,
+        verify: Verify,
+        rng: random.Random,
+    ) -> None:
+        self.local = local
+        self.terms = genesis.terms.rounds
+        self.layout = layout
+        self.round = 0
+        self.phase = "training"
+        self.ledger = Ledger(len(layout.chunks))
+        self.picker = Picker(layout=layout, policy=policy.picker, rng=rng)
+        self.serving = Serving(self.ledger, UploadQueue(policy.uploads, rng), layout.block_size)
+        self.fetching = Fetching(self.ledger, self.picker, layout.block_size, len(layout.chunks))
+        self.clock: RoundClock | None = None
+        self.live: Mapping[PeerId, int] = MappingProxyType({local: 1})
+        self.dead: frozenset[PeerId] = frozenset()
+        self._swarm_id = genesis.swarm_id
+        self._policy = policy
+        self._verify = verify
+        self._parked: dict[bytes, PeerId] = {}
+        self._changed: set[UpdateId] = set()
+        self._announced_at = 0.0
+        self._settling_since = 0.0
+        self._strikes: dict[PeerId, int] = {}
+        self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
+            ev.HolderOpened: self._holder_opened,
+            ev.HolderClosed: self._holder_closed,
+            ev.FetcherOpened: self._fetcher_opened,
+            ev.FetcherClosed: self._fetcher_closed,
+            ev.FromHolder: self._from_holder,
+            ev.FromFetcher: self._from_fetcher,
+            ev.ManifestGossip: self._manifest_gossip,
+            ev.AvailabilityGossip: self._availability_gossip,
+            ev.MembersNow: self._members_now,
+            ev.RoundBegun: self._round_begun,
+            ev.Restored: self._restored,
+            ev.UpdateReady: self._update_ready,
+            ev.Tick: self._tick,
+        }
+
+    def handle(self, stimulus: Stimulus, now: float) -> list[Effect]:
+        """What to do about a stimulus, in the order in which it must be done."""
+        try:
+            effects = self._handlers[type(stimulus)](stimulus, now)
+        except RemoteProtocolError as error:
+            effects = self._blame(error, getattr(stimulus, "peer", None))
+        effects.extend(self._judge(now))
+        return effects
+
+    # --- edges -------------------------------------------------------------------------------
+
+    def _holder_opened(self, stimulus: ev.HolderOpened, now: float) -> list[Effect]:
+        self.fetching.opened(stimulus.peer)
+        return []
+
+    def _holder_closed(self, stimulus: ev.HolderClosed, now: float) -> list[Effect]:
+        self.fetching.closed(stimulus.peer)
+        self._settling_since = now
+        return self.fetching.ask(now)
+
+    def _fetcher_opened(self, stimulus: ev.FetcherOpened, now: float) -> list[Effect]:
+        return self.serving.opened(stimulus.peer, self._oldest_round())
+
+    def _fetcher_closed(self, stimulus: ev.FetcherClosed, now: float) -> list[Effect]:
+        self.serving.closed(stimulus.peer)
+        return []
+
+    def _oldest_round(self) -> int:
+        """The oldest round whose updates may still be counted by somebody who is behind."""
+        return max(1, self.round - max(1, self.terms.max_staleness))
+
+    def _blame(self, error: RemoteProtocolError, fallback: PeerId | None) -> list[Effect]:
+        peer = PeerId(error.peer) if error.peer else fallback
+        if peer is None:
+            return []  # a relay's gossip: its envelope's signer is checked by pubsub
+        strikes = self._strikes[peer] = self._strikes.get(peer, 0) + 1
+        seconds = min(MAX_BAN, PROTOCOL_BAN * 2.0 ** (strikes - 1))
+        return [
+            Emit(PeerDropped(peer, error.reason, seconds)),
+            Drop(peer, error.reason, seconds),
+        ]
+
+    # --- messages ----------------------------------------------------------------------------
+
+    def _from_fetcher(self, stimulus: ev.FromFetcher, now: float) -> list[Effect]:
+        if stimulus.peer not in self.serving.fetchers:
+            return []
+        return self.serving.received(stimulus.peer, stimulus.message)
+
+    def _from_holder(self, stimulus: ev.FromHolder, now: float) -> list[Effect]:
+        peer, message = stimulus.peer, stimulus.message
+        if peer not in self.fetching.holders:
+            return []
+        if isinstance(message, Piece):
+            return self._piece(peer, message, now)
+        if isinstance(message, (Have, Availability)):
+            return self._announced(peer, message, now)
+        return self._answer(peer, message, now)
+
+    def _piece(self, peer: PeerId, piece: Piece, now: float) -> list[Effect]:
+        effects, completed = self.fetching.piece(peer, piece, now)
+        self._settling_since = now
+        if completed:
+            for effect in list(effects):
+                if isinstance(effect, ev.StoreComplete):
+                    self.ledger.hold(effect.update, effect.chunk)
+                    self._changed.add(effect.update)
+                    effects.extend(self.serving.announce_chunk(effect.update, effect.chunk))
+        # Only this holder's pipeline has room now, unless a request was taken back elsewhere.
+        if any(isinstance(effect, (ev.ToHolder, Drop)) for effect in effects):
+            effects.extend(self.fetching.ask(now))
+        else:
+            effects.extend(self.fetching.ask_one(peer, now))
+        return effects
+
+    def _announced(self, peer: PeerId, message: Have | Availability, now: float) -> list[Effect]:
+        self.fetching.announced(peer, message, self._oldest_round(), self.round + 1)
+        self._settling_since = now
+        return self.fetching.ask(now)
+
+    def _answer(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
+        if isinstance(message, Reject):
+            self.picker.rejected(peer, message.number, now)
+        elif isinstance(message, ManifestData):
+            return self._manifest(message.manifest, peer, now)
+        elif isinstance(message, NoManifest):
+            self.fetching.no_manifest(peer, UpdateId(message.update))
+        elif not isinstance(message, Pong):
+            raise RemoteProtocolError(f"{type(message).__name__} on a stream for answers", peer)
+        return self.fetching.ask(now)
+
+    # --- manifests ---------------------------------------------------------------------------
+
+    def _manifest_gossip(self, stimulus: ev.ManifestGossip, now: float) -> list[Effect]:
+        try:
+            signed = decode_manifest_gossip(
+                stimulus.data,
+                swarm=self._swarm_id,
+                verify=self._verify,
+                max_num_samples=self.terms.max_num_samples,
+            )
+        except RemoteProtocolError as error:
+            return self._blame(error, stimulus.via)
+        if signed is None:
+            return self._manifest(stimulus.data, stimulus.via, now)
+        if self._relevant(signed) and signed.owner in self.live:
+            effects = self._see(signed)
+            if not self.ledger.equivocated(signed.owner, signed.round):
+                self.fetching.want(signed.update, signed.round)
+            return effects + self.fetching.ask(now)
+        return []
+
+    def _availability_gossip(self, stimulus: ev.AvailabilityGossip, now: float) -> list[Effect]:
+        message = decode_availability_gossip(stimulus.data)
+        return self._announced(stimulus.peer, message, now)
+
+    def _relevant(self, signed: SignedHeader) -> bool:
+        return self._oldest_round() <= signed.round <= self.round + 1
+
+    def _manifest(self, data: bytes, via: PeerId, now: float) -> list[Effect]:
+        """A whole manifest from a peer: checked, remembered, and its chunks asked for."""
+        try:
+            manifest = decode_manifest(
+                data,
+                layout=self.layout,
+                swarm=self._swarm_id,
+                verify=self._verify,
+                max_num_samples=self.terms.max_num_samples,
+            )
+        except RemoteProtocolError as error:
+            return self._blame(error, via)
+        if manifest.update in self.ledger or not self._relevant(manifest.signed):
+            return []
+        if manifest.owner not in self.live and manifest.owner not in self.dead:
+            if len(self._parked) < MAX_PARKED:
+                self._parked[data] = via
+            return []
+        return self._learn(manifest, via, now)
+
+    def _see(self, signed: SignedHeader) -> list[Effect]:
+        """Note a checked header; an equivocating owner is excluded for that round."""
+        proof = self.ledger.see(signed)
+        if self.clock is not None and signed.round == self.clock.round:
+            self.clock.published(signed.owner)
+        if proof is None:
+            return []
+        effects = self.fetching.stop(proof.first)
+        reason = f"signed two manifests for round {proof.round}; its update is left out"
+        return [*effects, Emit(PeerDropped(proof.owner, reason, 0.0))]
+
+    def _learn(self, manifest: Manifest, via: PeerId, now: float) -> list[Effect]:
+        effects = self._see(manifest.signed)
+        if self.ledger.equivocated(manifest.owner, manifest.round):
+            return effects
+        known = self.ledger.add(manifest)
+        known.after_deadline = manifest.round < self.round or (
+            self.clock is not None and manifest.round == self.round and self.clock.passed(now)
+        )
+        effects.append(ev.StoreManifest(manifest))
+        self.fetching.learned(manifest, self.ledger.ages(manifest.owner, manifest.round))
+        header = manifest.header
+        seen = ManifestSeen(
+            manifest.owner, manifest.round, via, header.num_samples, header.payload_bytes
+        )
+        effects.append(Emit(seen))
+        self._settling_since = now
+        return effects + self.fetching.ask(now)
+
+    # --- members and rounds ------------------------------------------------------------------
+
+    def _members_now(self, stimulus: ev.MembersNow, now: float) -> list[Effect]:
+        self.live = MappingProxyType(dict(stimulus.live))
+        self.dead = stimulus.dead
+        self._settling_since = now
+        parked, self._parked = self._parked, {}
+        effects: list[Effect] = []
+        for data, via in parked.items():
+            effects.extend(self._manifest(data, via, now))
+        return effects
+
+    def _round_begun(self, stimulus: ev.RoundBegun, now: float) -> list[Effect]:
+        self.round = stimulus.round
+        self.phase = "training"
+        self.clock = RoundClock(self.terms, self.round, now)
+        effects: list[Effect] = []
+        for update in stimulus.forgotten:
+            effects.extend(self.fetching.forget(update))
+            self.ledger.forget(update)
+        for known in list(self.ledger):
+            if known.counted_in is None and stimulus.caught_up and not known.after_deadline:
+                if known.manifest.round < self.round:
+                    # The state taken over contains it already: counting it again would weigh it twice.
+                    self.ledger.count(known.manifest.update, known.held, self.round - 1)
+            if known.counted_in is not None:
+                effects.extend(self.fetching.stop(known.manifest.update))
+        self.ledger.forget_rounds_before(self._oldest_round())
+        self.fetching.forget_wanted_before(self._oldest_round())
+        for owner in self.ledger.publishers(self.round):
+            self.clock.published(owner)
+        return effects + self.fetching.ask(now)
+
+    def _restored(self, stimulus: ev.Restored, now: float) -> list[Effect]:
+        manifest = stimulus.manifest
+        if self.ledger.see(manifest.signed) is not None:
+            return []
+        self.ledger.add(manifest, stimulus.held)
+        if stimulus.counted_in is not None:
+            self.ledger.restore_counted({manifest.update: stimulus.counted_in})
+        elif not stimulus.held.complete:
+            self.picker.add_update(
+                manifest,
+                verified=stimulus.blocks,
+                complete=stimulus.held,
+                ages=self.ledger.ages(manifest.owner, manifest.round),
+            )
+        return []
+
+    @property
+    def solo(self) -> bool:
+        """Whether there are too few live members for an exchange."""
+        return len(self.live) < self.terms.min_members
+
+    def missed(self, now: float) -> bool:
+        """Whether the round is over for the others: its deadline passed here."""
+        return self.clock is not None and self.clock.passed(now)
+
+    def _update_ready(self, stimulus: ev.UpdateReady, now: float) -> list[Effect]:
+        manifest = stimulus.manifest
+        if self.phase != "training" or self.clock is None or manifest.round != self.round:
+            raise LocalProtocolError(
+                f"an update for round {manifest.round} in the {self.phase} phase of {self.round}"
+            )
+        missed = self.missed(now)
+        effects: list[Effect] = []
+        if manifest.update not in self.ledger:
+            self._see(manifest.signed)
+            self.ledger.add(manifest, Bitfield.full(len(self.layout.chunks)))
+            effects.append(ev.StoreManifest(manifest))
+        known = self.ledger[manifest.update]
+        known.after_deadline = missed
+        self.clock.published(self.local)
+        effects.append(ev.PublishManifest(self._gossip_form(manifest)))
+        effects.extend(self.serving.announce_update(known, with_manifest=True))
+        self._changed.add(manifest.update)
+        self._settling_since = now
+        if missed:
+            self.phase = "closed"
+            return [*effects, ev.MissedRound(self.round)]
+        self.phase = "exchanging"
+        return effects + self.fetching.ask(now)
+
+    @staticmethod
+    def _gossip_form(manifest: Manifest) -> bytes:
+        whole = manifest.encode()
+        return whole if len(whole) <= MAX_GOSSIP_BYTES else encode_header_gossip(manifest.signed)
+
+    # --- time --------------------------------------------------------------------------------
+
+    def _tick(self, stimulus: ev.Tick, now: float) -> list[Effect]:
+        expired = self.fetching.expire(now)
+        effects = expired + self.fetching.ask(now)
+        if self._changed and now - self._announced_at >= self._policy.announce_interval:
+            updates = tuple(
+                chunks_of(known)
+                for known in (self.ledger.get(update) for update in sorted(self._changed))
+                if known is not None
+            )
+            self._changed.clear()
+            self._announced_at = now
+            body = availability_gossip(Availability(updates))
+            if updates and len(body) <= MAX_GOSSIP_BYTES:  # else the edges' Have must do
+                effects.append(ev.PublishAvailability(body))
+        return effects
+
+    def next_wakeup(self, now: float) -> float:
+        """When a Tick is due at the latest."""
+        times = [now + 60.0]
+        if self.clock is not None:
+            # Once passed while still training, nothing here waits for it any more.
+            if not self.clock.passed(now):
+                times.append(self.clock.next_wakeup())
+        if self._changed:
+            times.append(self._announced_at + self._policy.announce_interval)
+        if self.phase == "exchanging":
+            settled = self._settling_since + self._policy.settle_seconds
+            if settled > now:
+                times.append(settled)
+        timeout = self.fetching.next_wakeup()
+        if timeout is not None:
+            times.append(timeout)
+        return min(times)
+
+    def _judge(self, now: float) -> list[Effect]:
+        """Open, extend or close the round where it is time."""
+        clock = self.clock
+        if clock is None or self.phase == "closed":
+            return []
+        effects: list[Effect] = []
+        change = clock.advance(self.live.keys(), now)
+        if change is not None:
+            effects.append(self._deadline_set(change, now))
+        if self.phase != "exchanging":
+            return effects
+        state = self.standing()
+        if not state.waiting_for and not state.lacking:
+            return [*effects, *self._close("complete", state)]
+        if clock.passed(now):
+            if self._worth_extending(state):
+                return [*effects, self._deadline_set(clock.extend(now), now)]
+            return [*effects, *self._close("deadline", state)]
+        settled = now - self._settling_since >= self._policy.settle_seconds
+        if not state.waiting_for and not state.obtainable and settled:
+            return [*effects, *self._close("settled", state)]
+        return effects
+
+    def standing(self) -> Standing:
+        """How far the current round is."""
+        return standing(
+            local=self.local,
+            round=self.round,
+            terms=self.terms,
+            ledger=self.ledger,
+            sources=self.picker,
+            live=self.live,
+        )
+
+    def _worth_extending(self, state: Standing) -> bool:
+        assert self.clock is not None
+        wanted = self.terms.min_completion_ratio
+        if self.clock.extended or state.completeness >= wanted:
+            return False
+        rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
+        more = min(state.obtainable_bytes, rate * self.clock.extension())
+        return state.verified + more >= wanted * state.announced
+
+    def _deadline_set(self, change: DeadlineChange, now: float) -> Effect:
+        return Emit(DeadlineSet(self.round, change.deadline - now, change.why))
+
+    def _close(self, closed_by: str, state: Standing) -> list[Effect]:
+        assert self.clock is not None
+        self.phase = "closed"
+        counted = counts(
+            local=self.local,
+            round=self.round,
+            terms=self.terms,
+            ledger=self.ledger,
+            dead=self.dead,
+        )
+        for count in counted:
+            self.ledger.count(count.manifest.update, count.chunks, self.round)
+        # A member whose update is here in part is reported there, not as missing.
+        heard = {count.manifest.owner for count in counted if count.status != "late"}
+        close = ev.CloseRound(
+            round=self.round,
+            closed_by=closed_by,
+            counts=counted,
+            missing=tuple(member for member in state.waiting_for if member not in heard),
+            dropped=too_late(self.ledger, self.round, self.terms.max_staleness),
+            completeness=state.completeness,
+            extended=self.clock.extended,
+            below_min_completion=state.completeness < self.terms.min_completion_ratio,
+        )
+        return [Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
+
+    # --- the writer's questions --------------------------------------------------------------
+
+    def next_upload(self, peer: PeerId, now: float) -> Upload | Reject | None:
+        """The next answer to write to a fetcher, if it is its turn."""
+        return self.serving.next_upload(peer, now)
+
+    def others_have_all(self) -> bool:
+        """Whether every neighbour that may fetch here holds all that is held here this round."""
+        for known in self.ledger:
+            if known.manifest.round != self.round or known.held.count == 0:
+                continue
+            for peer in self.serving.fetchers & set(self.live):
+                remote = self.fetching.remote_holds(peer, known.manifest.update)
+                if peer != known.manifest.owner and (remote is None or not remote.complete):
+                    return False
+        return True
+
