@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from p2pfl_torrent.core.picker import BlockRequest, Picker
+
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, StoreBlocks, StoreComplete, ToHolder
@@ -13,7 +15,6 @@ from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import Availability, Cancel, GetManifest, Have, Piece, Request
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.picker import BlockRequest, Picker
 from p2pfl_torrent.core.reports import BlockRefused, ChunkReceived
 
 MAX_WANTED = 1024  # manifests heard of but not here: members x rounds kept, with room
@@ -171,7 +172,9 @@ class Fetching:
         return [
             ToHolder(
                 peer,
-                Request(request.number, request.update, request.chunk, request.block, request.count),
+                Request(
+                    request.number, request.update, request.chunk, request.block, request.count
+                ),
             )
             for request in requests
         ]

@@ -153,9 +153,7 @@ class Ledger:
 
     def ages(self, owner: PeerId, round: int) -> list[int]:
         """Per chunk, rounds since that owner's chunk was last merged here; never counts as round."""
-        return [
-            round - self._merged.get((owner, chunk), 0) for chunk in range(self._num_chunks)
-        ]
+        return [round - self._merged.get((owner, chunk), 0) for chunk in range(self._num_chunks)]
 
     def forget(self, update: UpdateId) -> None:
         """An update's bytes are gone from the store."""

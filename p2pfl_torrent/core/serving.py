@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2pfl_torrent.core.events import Effect, ToFetcher
+from p2pfl_torrent.core.uploads import UploadQueue
+
 from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.events import Effect, ToFetcher
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.messages import (
@@ -28,7 +30,6 @@ from p2pfl_torrent.core.messages import (
     Request,
 )
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.uploads import UploadQueue
 
 
 @dataclass(frozen=True, slots=True)

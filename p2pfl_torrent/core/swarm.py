@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from p2pfl_torrent.core.picker import Picker, PickerPolicy
+from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
+
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
@@ -43,11 +46,9 @@ from p2pfl_torrent.core.messages import (
     decode_availability_gossip,
 )
 from p2pfl_torrent.core.peers import PeerId, Verify
-from p2pfl_torrent.core.picker import Picker, PickerPolicy
 from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
 from p2pfl_torrent.core.rounds import DeadlineChange, RoundClock
 from p2pfl_torrent.core.serving import Serving, Upload, chunks_of
-from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
 MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pulled
 MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
@@ -126,7 +127,7 @@ class Swarm:
         try:
             effects = self._handlers[type(stimulus)](stimulus, now)
         except RemoteProtocolError as error:
-            effects = self._blame(error, getattr(stimulus, "peer", None))
+            effects = self.blame(error, getattr(stimulus, "peer", None))
         effects.extend(self._judge(now))
         return effects
 
@@ -152,7 +153,8 @@ class Swarm:
         """The oldest round whose updates may still be counted by somebody who is behind."""
         return max(1, self.round - max(1, self.terms.max_staleness))
 
-    def _blame(self, error: RemoteProtocolError, fallback: PeerId | None) -> list[Effect]:
+    def blame(self, error: RemoteProtocolError, fallback: PeerId | None) -> list[Effect]:
+        """Drop a peer that broke the protocol, for longer each time."""
         peer = PeerId(error.peer) if error.peer else fallback
         if peer is None:
             return []  # a relay's gossip: its envelope's signer is checked by pubsub
@@ -223,7 +225,7 @@ class Swarm:
                 max_num_samples=self.terms.max_num_samples,
             )
         except RemoteProtocolError as error:
-            return self._blame(error, stimulus.via)
+            return self.blame(error, stimulus.via)
         if signed is None:
             return self._manifest(stimulus.data, stimulus.via, now)
         if self._relevant(signed) and signed.owner in self.live:
@@ -251,7 +253,7 @@ class Swarm:
                 max_num_samples=self.terms.max_num_samples,
             )
         except RemoteProtocolError as error:
-            return self._blame(error, via)
+            return self.blame(error, via)
         if manifest.update in self.ledger or not self._relevant(manifest.signed):
             return []
         if manifest.owner not in self.live and manifest.owner not in self.dead:
@@ -501,4 +503,3 @@ class Swarm:
                 if peer != known.manifest.owner and (remote is None or not remote.complete):
                     return False
         return True
-

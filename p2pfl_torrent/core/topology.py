@@ -1,0 +1,210 @@
+"""Who is whose neighbour: every peer computes the same overlay from the same roster and seed.
+
+Each overlay is a pure function of the members that are left, so it has no history to agree on; and
+it is drawn so that one member more or less moves only edges near that member. A graph drawn anew,
+or a heap whose later positions all shift by one, would replace most edges at every change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import networkx as nx
+
+from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.core.genesis import TopologyTerms
+from p2pfl_torrent.core.peers import PeerId
+
+MESH_WINDOW = 8  # places on a hash ring searched for the last edges: enough to find one nearly always
+
+Neighbours = dict[PeerId, frozenset[PeerId]]
+
+
+def drawn(seed: int, peer: PeerId, label: str = "") -> bytes:
+    """What the swarm's seed draws for a peer, alike everywhere; another label draws anew."""
+    return hashlib.sha256(seed.to_bytes(8, "big") + label.encode() + peer.encode()).digest()
+
+
+def neighbours(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> Neighbours:
+    """The neighbours of every member, for members in join order.
+
+    The result is symmetric, without self loops, and connected. Only a star, a tree and a custom
+    graph without ``members`` look at the order: their first member is hub, root or number 1.
+
+    Raises:
+        ConfigError: an unknown topology type.
+    """
+    build = _BUILDERS.get(terms.type)
+    if build is None:
+        raise ConfigError(_unknown_type(terms.type))
+    graph = nx.Graph()
+    graph.add_nodes_from(roster)
+    graph.add_edges_from(build(roster, terms, seed))
+    return {peer: frozenset(graph.adj[peer]) for peer in roster}
+
+
+def validate(terms: TopologyTerms, client_num: int) -> None:
+    """Check a user's topology.
+
+    Raises:
+        ConfigError: the text names the key and what it may be.
+    """
+    if terms.type not in _BUILDERS:
+        raise ConfigError(_unknown_type(terms.type))
+    if terms.type != "custom":
+        return
+    if not terms.custom_graph:
+        raise ConfigError(
+            "topology.custom_graph is empty: for a custom topology list each member's neighbours, "
+            "such as 1: [2, 3]"
+        )
+    if len(set(terms.members)) != len(terms.members):
+        raise ConfigError("topology.members lists a peer id twice: each number needs its own peer")
+    size, source = (
+        (len(terms.members), "topology.members has")
+        if terms.members
+        else (client_num, "federate.client_num is")
+    )
+    for position, others in terms.custom_graph:
+        for number in (position, *others):
+            if not 1 <= number <= size:
+                raise ConfigError(
+                    f"topology.custom_graph names member {number}, but {source} {size}: "
+                    f"use numbers from 1 to {size}"
+                )
+        if position in others:
+            raise ConfigError(
+                f"topology.custom_graph makes member {position} its own neighbour: remove it there"
+            )
+
+
+def to_networkx(overlay: Mapping[PeerId, Iterable[PeerId]]) -> nx.Graph:
+    """The overlay as an undirected graph, to check or to draw."""
+    return nx.Graph({peer: sorted(others) for peer, others in overlay.items()})
+
+
+# --- the topologies --------------------------------------------------------------------------
+
+_Edge = tuple[PeerId, PeerId]
+
+
+def _star(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    return [(roster[0], peer) for peer in roster[1:]]
+
+
+def _full(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    return [(a, b) for i, a in enumerate(roster) for b in roster[:i]]
+
+
+def _ring(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    return _around(_hash_ring(roster, seed, "ring"))
+
+
+def _hash_ring(roster: Iterable[PeerId], seed: int, label: str) -> list[PeerId]:
+    return sorted(roster, key=lambda peer: drawn(seed, peer, label))
+
+
+def _around(ring: Sequence[PeerId]) -> list[_Edge]:
+    return [(a, b) for a, b in zip(ring, (*ring[1:], *ring[:1]), strict=True) if a != b]
+
+
+def _tree(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    """A digital search tree in heap order: parents joined before their children.
+
+    Every member goes down from the root by the digits (base arity) of its hash and settles at the
+    first free place. So a newcomer is a leaf, a leaf that goes takes one edge with it, and an inner
+    member is replaced from below along one path; the depth stays near log(n).
+    """
+    arity = terms.arity
+    edges: list[_Edge] = []
+    places: dict[tuple[int, ...], PeerId] = {}
+    for peer in roster:
+        place: tuple[int, ...] = ()
+        digits = int.from_bytes(drawn(seed, peer, "tree"), "big")
+        parent: PeerId | None = None
+        while place in places:
+            parent = places[place]
+            digits, digit = divmod(digits, arity)
+            place = (*place, digit)
+        places[place] = peer
+        if parent is not None:
+            edges.append((parent, peer))
+    return edges
+
+
+def _mesh(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    """Several hash rings over each other, then single edges between those still below the degree.
+
+    The first ring connects everybody. One member less takes two edges from each ring and adds one.
+    """
+    connections = max(2, terms.connections)  # below 2 nothing larger than a pair is connected
+    if len(roster) <= connections + 1:
+        return _full(roster, terms, seed)
+    graph = nx.Graph()
+    for turn in range(connections // 2):
+        ring = _hash_ring(roster, seed, f"mesh {turn}")
+        graph.add_edges_from(_around(ring))
+    ring = _hash_ring(roster, seed, "mesh last")
+    window = min(max(MESH_WINDOW, connections), len(ring) - 1)
+    pairs = {
+        frozenset((ring[i], ring[(i + step) % len(ring)]))
+        for i in range(len(ring))
+        for step in range(1, window + 1)
+        if max(graph.degree[ring[i]], graph.degree[ring[(i + step) % len(ring)]]) < connections
+    }
+    ordered = [(_pair_rank(seed, *sorted(pair)), *sorted(pair)) for pair in pairs]
+    for _, a, b in sorted(ordered):
+        if max(graph.degree[a], graph.degree[b]) < connections:
+            graph.add_edge(a, b)  # those that are neighbours already stay as they are
+    return list(graph.edges)
+
+
+def _pair_rank(seed: int, a: PeerId, b: PeerId) -> bytes:
+    return hashlib.sha256(f"{seed} mesh {a} {b}".encode()).digest()
+
+
+def _custom(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
+    """The user's graph among those of its members that are here, mended where it falls apart."""
+    numbered = [PeerId(member) for member in terms.members] or list(roster)
+    here = set(roster)
+    graph = nx.Graph()
+    graph.add_nodes_from(roster)
+    for position, others in terms.custom_graph:
+        for other in others:
+            if max(position, other) <= len(numbered) and min(position, other) >= 1:
+                a, b = numbered[position - 1], numbered[other - 1]
+                if a != b and a in here and b in here:
+                    graph.add_edge(a, b)
+    _connect(graph, lambda peer: drawn(seed, peer, "repair"))
+    return list(graph.edges)
+
+
+def _connect(graph: nx.Graph, rank: Callable[[PeerId], bytes]) -> None:
+    """Chain the parts of a graph, each by its members with the fewest edges."""
+    parts = sorted(
+        (sorted(part, key=rank) for part in nx.connected_components(graph)),
+        key=lambda part: rank(part[0]),
+    )
+    for part, following in zip(parts, parts[1:]):  # noqa: B905 - the last has nobody to follow
+        a = min(part, key=lambda peer: (graph.degree[peer], rank(peer)))
+        b = min(following, key=lambda peer: (graph.degree[peer], rank(peer)))
+        graph.add_edge(a, b)
+
+
+_BUILDERS: dict[str, Callable[[Sequence[PeerId], TopologyTerms, int], list[_Edge]]] = {
+    "star": _star,
+    "ring": _ring,
+    "mesh": _mesh,
+    "tree": _tree,
+    "full": _full,
+    "custom": _custom,
+}
+TYPES = tuple(_BUILDERS)
+
+
+def _unknown_type(name: str) -> str:
+    close = difflib.get_close_matches(name, _BUILDERS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"topology.type {name!r} is unknown: {hint}it may be {', '.join(_BUILDERS)}"
