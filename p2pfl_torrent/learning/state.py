@@ -1,0 +1,233 @@
+"""A torch module as named numpy arrays, and back in place.
+
+Integer and bool buffers are part of the exchange, and so are 0-d tensors. Entries of the
+state_dict that are no tensors (``get_extra_state``) stay at home.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import torch
+from torch import nn
+
+from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.core.tensors import (
+    MAX_DIMENSIONS,
+    Array,
+    Arrays,
+    ModelSpec,
+    TensorSpec,
+    check_arrays,
+)
+from p2pfl_torrent.learning.norms import NormPolicy, names_kept_home
+
+DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""torch dtype -> safetensors dtype name."""
+
+
+def describe(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    norm_policy: NormPolicy = "average",
+) -> ModelSpec:
+    """What of a model is exchanged, in state_dict order.
+
+    Tensors that share storage, offset, shape and strides are tied: they are exchanged once, under
+    their first name. A tied weight is in if any of its names is included, and out if any is
+    excluded or kept home: what a user withholds must not leave under another name.
+
+    Args:
+        include: globs on state_dict names.
+        exclude: globs that take out again.
+        norm_policy: see `NormPolicy`.
+
+    Raises:
+        ConfigError: nothing is left to exchange, a glob matches no name, or a tensor cannot be
+            exchanged (its dtype, layout or device).
+    """
+    state = _state(model)
+    for pattern in (*include, *exclude):
+        if state and not any(fnmatchcase(name, pattern) for name in state):
+            raise ConfigError(f"{pattern!r} matches no tensor{_close(pattern, state)}.")
+    withheld = names_kept_home(model, norm_policy)
+    withheld |= {name for name in state if _matches(name, exclude)}
+    tensors = []
+    aliases = []
+    for first, *others in _tied(state):
+        names = (first, *others)
+        if withheld.intersection(names) or not any(_matches(name, include) for name in names):
+            continue
+        tensors.append(_spec(first, state[first]))
+        aliases += [(other, first) for other in others]
+    spec = ModelSpec(tuple(tensors), tuple(aliases))
+    spec.validate()
+    return spec
+
+
+def explain_mismatch(model: nn.Module, spec: ModelSpec) -> str | None:
+    """The first tensor in which a model differs from a spec, as one sentence; None if it fits.
+
+    Tensors of the model that the spec does not name are not a difference: they stay at home.
+    """
+    state = _state(model)
+    for expected in spec.tensors:
+        tensor = state.get(expected.name)
+        if tensor is None:
+            hint = _close(expected.name, state)
+            return f"Tensor {expected.name!r} is not in this model{hint}."
+        wanted = f"{expected.dtype}{list(expected.shape)}"
+        if _unsupported(tensor) is not None:
+            return f"Tensor {expected.name!r} must be {wanted}, but it {_unsupported(tensor)}."
+        found = f"{DTYPES[tensor.dtype]}{list(tensor.shape)}"
+        if found != wanted:
+            return f"Tensor {expected.name!r} is {found} in this model, the swarm has {wanted}."
+    return _explain_ties(state, spec)
+
+
+def to_arrays(model: nn.Module, spec: ModelSpec) -> dict[str, Array]:
+    """The model's tensors as C-contiguous arrays.
+
+    Contiguous CPU tensors are not copied: their arrays alias the model, change with it, and must
+    not be written. Others are copied. `snapshot` gives arrays that stay as they are.
+
+    Raises:
+        ConfigError: the model does not fit the spec.
+    """
+    state = _fitting(model, spec)
+    return {tensor.name: _to_array(state[tensor.name]) for tensor in spec.tensors}
+
+
+def snapshot(model: nn.Module, spec: ModelSpec) -> dict[str, Array]:
+    """The model's tensors as arrays of their own.
+
+    Raises:
+        ConfigError: the model does not fit the spec.
+    """
+    return {name: array.copy() for name, array in to_arrays(model, spec).items()}
+
+
+@torch.no_grad()
+def load_arrays(model: nn.Module, spec: ModelSpec, arrays: Arrays) -> None:
+    """Write arrays into the model in place: tied weights stay tied, parameters keep identity.
+
+    All names, dtypes and shapes are checked before the first write.
+
+    Raises:
+        ConfigError: the model or the arrays do not fit the spec.
+    """
+    state = _fitting(model, spec)
+    check_arrays(spec, arrays)
+    for expected in spec.tensors:
+        array = np.ascontiguousarray(arrays[expected.name]).reshape(expected.shape)
+        if not array.flags.writeable:
+            array = array.copy()  # torch takes no read-only memory without a warning
+        if expected.dtype == "BF16":
+            source = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            source = torch.from_numpy(array)
+        state[expected.name].copy_(source)
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _fitting(model: nn.Module, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    mismatch = explain_mismatch(model, spec)
+    if mismatch is not None:
+        raise ConfigError(mismatch)
+    return _state(model)
+
+
+def _to_array(tensor: torch.Tensor) -> Array:
+    on_cpu = tensor.detach().cpu().contiguous()
+    if on_cpu.dtype == torch.bfloat16:
+        bits: Array = on_cpu.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    array: Array = on_cpu.numpy()
+    return array
+
+
+def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+    problem = _unsupported(tensor)
+    if problem is not None:
+        raise ConfigError(f"Tensor {name!r} {problem}: exclude it or convert it.")
+    return TensorSpec(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def _unsupported(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be exchanged, as the rest of a sentence about it."""
+    if nn.parameter.is_lazy(tensor):
+        return "has no shape yet (run one forward pass first)"
+    if tensor.dtype not in DTYPES:
+        return f"has dtype {str(tensor.dtype).removeprefix('torch.')}, which cannot be exchanged"
+    if tensor.is_meta:
+        return "is on the meta device and has no values"
+    if tensor.layout != torch.strided:
+        return f"has the layout {str(tensor.layout).removeprefix('torch.')}, only strided works"
+    if tensor.dim() > MAX_DIMENSIONS:
+        return f"has {tensor.dim()} dimensions, above the limit of {MAX_DIMENSIONS}"
+    if any(
+        stride == 0 and side > 1 for stride, side in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        return "repeats one memory cell (expand), which cannot be written"
+    return None
+
+
+def _tied(state: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Groups of names of one and the same tensor, in state_dict order."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(_identity(name, tensor), []).append(name)
+    return list(groups.values())
+
+
+def _identity(name: str, tensor: torch.Tensor) -> object:
+    """Equal for tied tensors only; what has no memory (empty, meta, sparse) is tied to nothing."""
+    if _unsupported(tensor) is not None or tensor.numel() == 0:
+        return name
+    storage = tensor.untyped_storage().data_ptr()
+    place = (tensor.device, storage, tensor.storage_offset(), tensor.dtype)
+    return (*place, tensor.shape, tensor.stride())
+
+
+def _explain_ties(state: Mapping[str, torch.Tensor], spec: ModelSpec) -> str | None:
+    identities = {name: _identity(name, tensor) for name, tensor in state.items()}
+    for alias, canonical in spec.aliases:
+        if alias not in state:
+            return f"Tensor {alias!r} is not in this model; the swarm ties it to {canonical!r}."
+        if identities[alias] != identities.get(canonical):
+            return f"Tensor {alias!r} is not tied to {canonical!r} in this model as in the swarm."
+    exchanged: dict[object, str] = {}
+    for tensor in spec.tensors:
+        other = exchanged.setdefault(identities[tensor.name], tensor.name)
+        if other != tensor.name:
+            return f"Tensor {tensor.name!r} is tied to {other!r} in this model, not in the swarm."
+    return None
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _close(name: str, state: Mapping[str, torch.Tensor]) -> str:
+    close = difflib.get_close_matches(name, state, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
