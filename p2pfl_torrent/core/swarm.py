@@ -487,6 +487,15 @@ class Swarm:
         )
         return [Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
 
+    def close_late(self) -> ev.CloseRound:
+        """Close a round that this peer missed when it turns out that nobody else went on."""
+        if self.phase != "closed" or self.clock is None:
+            raise LocalProtocolError(f"close_late in the {self.phase} phase")
+        for effect in self._close("deadline", self.standing()):
+            if isinstance(effect, ev.CloseRound):
+                return effect
+        raise AssertionError("a closing always holds its CloseRound")
+
     # --- the writer's questions --------------------------------------------------------------
 
     def next_upload(self, peer: PeerId, now: float) -> Upload | Reject | None:
@@ -494,9 +503,9 @@ class Swarm:
         return self.serving.next_upload(peer, now)
 
     def others_have_all(self) -> bool:
-        """Whether every neighbour that may fetch here holds all that is held here this round."""
+        """Whether every neighbour that fetches here holds what is held here of the latest rounds."""
         for known in self.ledger:
-            if known.manifest.round != self.round or known.held.count == 0:
+            if known.manifest.round < self.round - 1 or known.held.count == 0:
                 continue
             for peer in self.serving.fetchers & set(self.live):
                 remote = self.fetching.remote_holds(peer, known.manifest.update)

@@ -1,0 +1,195 @@
+"""``Peer``: a peer inside an ordinary, blocking training program."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.errors import P2PFLError
+from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
+from p2pfl_torrent.peer.model import Evaluate, LocalModel
+from p2pfl_torrent.peer.node import Node, open_node
+
+if TYPE_CHECKING:
+    from torch import nn, optim
+
+T = TypeVar("T")
+
+
+class PeerStoppedError(P2PFLError):
+    """The peer's network has stopped; the text says why."""
+
+
+class Peer:
+    """A member of a swarm, for a training loop that blocks.
+
+    The network runs in a thread of its own, so chunks are served while the loop trains. ``with``
+    joins the swarm and puts the common start weights into ``model``; leaving the block serves the
+    neighbours until they have what they need, then says goodbye.
+
+    Args:
+        config: this peer's configuration.
+        model: any ``nn.Module``; its ``state_dict`` is what is exchanged, as
+            ``chunk.include``, ``exclude`` and ``norm_policy`` say.
+        evaluate: scores the model before and after each merge, for the report.
+        optimizer: needed for ``federate.on_merge: reset``.
+        calibration: batches for ``chunk.norm_policy: recalibrate``.
+
+    Raises:
+        ConfigError: the configuration and the arguments do not fit.
+    """
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        model: nn.Module,
+        *,
+        evaluate: Evaluate | None = None,
+        optimizer: optim.Optimizer | None = None,
+        calibration: Iterable[Any] | None = None,
+    ) -> None:
+        self._model = LocalModel(
+            config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
+        )
+        self._node = Node(config, self._model.spec, self._model.copy())
+        self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
+        self._ready = threading.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop = trio.Event()
+        self._scope = trio.CancelScope()
+        self._error: BaseException | None = None
+
+    # --- the network's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # noqa: BLE001 - handed to the user's thread, which raises it
+            self._error = error
+        finally:
+            self._ready.set()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            async with open_node(self._node):
+                self._ready.set()
+                await self._stop.wait()
+
+    def _call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Run an async function in the network's thread and wait for it."""
+        assert self._token is not None
+        try:
+            return trio.from_thread.run(function, *args, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled) as error:
+            raise self._stopped() from error
+
+    def _stopped(self) -> PeerStoppedError:
+        self._thread.join()
+        why = f": {self._error}" if self._error is not None else ""
+        return PeerStoppedError(f"This peer has stopped{why}.")
+
+    # --- the user's thread -------------------------------------------------------------------
+
+    def __enter__(self) -> Peer:
+        self._thread.start()
+        try:
+            self._ready.wait()
+        except BaseException:  # Ctrl-C while joining: leave nothing running behind
+            self._end(self._scope.cancel)
+            raise
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+        self._model.load(self._node.start_weights())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # After an error the user wants out now; else the neighbours are served first.
+        self._end(self._stop.set if kind is None else self._scope.cancel)
+        if kind is None and self._error is not None:
+            raise self._stopped() from self._error
+
+    def _end(self, how: Callable[[], object]) -> None:
+        while self._thread.is_alive():
+            if self._token is not None:
+                try:
+                    self._token.run_sync_soon(how)
+                except trio.RunFinishedError:
+                    pass
+                self._thread.join()
+                return
+            self._thread.join(0.01)  # it has been started, but its loop not yet
+
+    @property
+    def peer_id(self) -> str:
+        """This peer's libp2p id."""
+        return self._node.peer_id
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Multiaddrs under which this peer can be reached, for others' ``network.bootstrap``."""
+        return self._node.addrs
+
+    def rounds(self) -> Iterator[int]:
+        """The rounds to train, until the last; call ``exchange`` once for each.
+
+        Numbers may skip after this peer missed rounds, and repeat after a solo round.
+        """
+        while self._node.round <= self._node.total_rounds:
+            yield self._node.round
+
+    def exchange(self, num_samples: int, metrics: Mapping[str, float] | None = None) -> RoundReport:
+        """Share the model's weights and replace them by the swarm's aggregate.
+
+        Blocks until the round is closed: all live members' updates are here, or the deadline has
+        passed. Like ``optimizer.step()`` it works in place.
+
+        Args:
+            num_samples: training samples behind the update: its weight in the average.
+            metrics: anything to be kept with the report, such as the training loss.
+
+        Raises:
+            UpdateError: the weights hold NaN or infinity, or ``num_samples`` is out of range.
+            PeerStoppedError: the network has failed.
+        """
+        before = self._model.score()
+        arrays = self._model.arrays()
+        merged = self._call(self._node.exchange, arrays, num_samples, metrics or {})
+        report = self._model.merged(merged.arrays, merged.report, before)
+        self._soon(self._node.finished, report)
+        return report
+
+    def _soon(self, function: Callable[..., object], *args: object) -> None:
+        assert self._token is not None
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            raise self._stopped() from None
+
+    def progress(self, done: int, total: int, loss: float | None = None) -> None:
+        """Tell watchers how far this round's training is (batches, epochs: any unit)."""
+        self._soon(self._node.progress, done, total, loss)
+
+    def statistics(self) -> PeerStatistics:
+        """A snapshot of what this peer is doing."""
+        assert self._token is not None
+        try:
+            return trio.from_thread.run_sync(self._node.statistics, trio_token=self._token)
+        except trio.RunFinishedError:
+            raise self._stopped() from None
+
+    def events(self, backlog: int = DEFAULT_BACKLOG) -> Subscription:
+        """Events from now on, as a blocking iterator for another thread."""
+        return self._node.feed.subscribe(backlog)

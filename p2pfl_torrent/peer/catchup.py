@@ -1,0 +1,125 @@
+"""Taking over the swarm's state: for joiners, returners, and peers that missed a round.
+
+Claims are collected from several members at once; the state is fetched from one of those that
+claim what most claim, and kept only if its hash is the claimed one.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from p2pfl_torrent.core.chunking import checkpoint_layout, decode_chunk
+from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.tensors import Array, ModelSpec, model_hash
+from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
+from p2pfl_torrent.protocols.state import State, ask_state, fetch_state
+
+MAX_ASKED = 8  # members asked at once: a majority of these is a fair sample of any swarm
+ASK_PATIENCE = 10.0  # seconds for a claim
+POLL_INTERVAL = 0.2  # seconds between two looks at whether the others have moved on
+
+OpenState = Callable[[PeerId], Awaitable[ByteStream]]
+"""Opens a state stream to a member; EdgeClosedError when that fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A state that was taken over; ``attested`` if a quorum of the members claimed it."""
+
+    round: int
+    base_hash: bytes
+    arrays: dict[str, Array]
+    attested: bool
+
+
+class CatchUp:
+    """Asks members what round the swarm is in, and takes its start weights from one of them."""
+
+    def __init__(self, spec: ModelSpec, swarm: bytes, quorum: float, open_state: OpenState) -> None:
+        self._layout = checkpoint_layout(spec)
+        self._swarm = swarm
+        self._quorum = quorum
+        self._open = open_state
+
+    async def claims(self, members: Sequence[PeerId]) -> dict[PeerId, State]:
+        """What members say, those that answer in time."""
+        result: dict[PeerId, State] = {}
+
+        async def ask(peer: PeerId) -> None:
+            with trio.move_on_after(ASK_PATIENCE):
+                try:
+                    stream = await self._open(peer)
+                    try:
+                        claim = await ask_state(stream, self._swarm)
+                    finally:
+                        await stream.reset()
+                except (EdgeClosedError, RemoteProtocolError):
+                    return  # it says nothing, and so does not count
+                if claim is not None:
+                    result[peer] = claim
+
+        async with trio.open_nursery() as nursery:
+            for peer in members[:MAX_ASKED]:
+                nursery.start_soon(ask, peer)
+        return result
+
+    async def take(
+        self, members: Callable[[], Sequence[PeerId]], at_least: int, patience: float
+    ) -> Taken | None:
+        """The swarm's state of round ``at_least`` or later; None if none came in ``patience`` s."""
+        with trio.move_on_after(patience):
+            while True:
+                asked = members()
+                claims = await self.claims(asked)
+                for round, base_hash, attested in self._ranked(claims, at_least, len(asked)):
+                    for peer, claim in claims.items():
+                        if (claim.round, claim.base_hash) == (round, base_hash):
+                            arrays = await self.fetch(peer, base_hash)
+                            if arrays is not None:
+                                return Taken(round, base_hash, arrays, attested)
+                await trio.sleep(POLL_INTERVAL)
+        return None
+
+    def _ranked(
+        self, claims: dict[PeerId, State], at_least: int, asked: int
+    ) -> list[tuple[int, bytes, bool]]:
+        """Claimed states, the attested and latest first."""
+        votes = Counter((claim.round, claim.base_hash) for claim in claims.values())
+        need = max(1, math.ceil(self._quorum * min(asked, MAX_ASKED)))
+        ranked = sorted(
+            ((count >= need, round, count, base_hash) for (round, base_hash), count in votes.items()),
+            reverse=True,
+        )
+        return [(round, h, attested) for attested, round, _, h in ranked if round >= at_least]
+
+    async def fetch(self, peer: PeerId, base_hash: bytes) -> dict[str, Array] | None:
+        """The weights with that hash from a member, None if it has no such thing."""
+        buffer = io.BytesIO()
+        bound = self._layout.chunks[0].max_file_bytes
+        try:
+            stream = await self._open(peer)
+            try:
+                async for part in fetch_state(stream, self._swarm, base_hash, bound):
+                    buffer.write(part)
+            finally:
+                await stream.reset()
+            if not buffer.tell():
+                return None
+            values = decode_chunk(self._layout, 0, buffer.getbuffer())
+        except (EdgeClosedError, RemoteProtocolError):
+            return None
+        slices = self._layout.chunks[0].slices
+        spec = self._layout.spec
+        arrays = {
+            spec.tensors[part.tensor].name: array
+            for part, array in zip(slices, values, strict=True)
+        }
+        matches = await trio.to_thread.run_sync(model_hash, spec, arrays)
+        return arrays if matches == base_hash else None

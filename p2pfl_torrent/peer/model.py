@@ -1,0 +1,103 @@
+"""The user's torch model between two exchanges: what is read from it, what is written back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.core.reports import RoundReport
+from p2pfl_torrent.core.tensors import Array, Arrays
+from p2pfl_torrent.learning.norms import recalibrate
+from p2pfl_torrent.learning.state import describe, load_arrays, snapshot, to_arrays
+
+if TYPE_CHECKING:
+    from torch import nn, optim
+
+Evaluate = Callable[["nn.Module"], Mapping[str, float]]
+"""Scores a model; the keys ``loss`` and ``accuracy`` are shown before and after merging."""
+
+
+class LocalModel:
+    """A model, its optimizer, and what else the user handed over with it.
+
+    Args:
+        evaluate: called before and after each merge, in the thread that called ``exchange``.
+        optimizer: needed for ``federate.on_merge: reset``, which empties its state after merging.
+        calibration: batches (tensors, or tuples with the input first) for
+            ``chunk.norm_policy: recalibrate``.
+
+    Raises:
+        ConfigError: the configuration asks for something that was not handed over.
+    """
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        model: nn.Module,
+        *,
+        evaluate: Evaluate | None,
+        optimizer: optim.Optimizer | None,
+        calibration: Iterable[Any] | None,
+    ) -> None:
+        if config.federate.on_merge == "reset" and optimizer is None:
+            raise ConfigError(
+                "federate.on_merge is reset: give the Peer your optimizer, as optimizer=..."
+            )
+        if config.chunk.norm_policy == "recalibrate" and calibration is None:
+            raise ConfigError(
+                "chunk.norm_policy is recalibrate: give the Peer batches, as calibration=..."
+            )
+        self.model = model
+        self.spec = describe(
+            model,
+            include=config.chunk.include,
+            exclude=config.chunk.exclude,
+            norm_policy=config.chunk.norm_policy,
+        )
+        self.spec.validate()
+        self._evaluate = evaluate
+        self._optimizer = optimizer if config.federate.on_merge == "reset" else None
+        self._recalibrates = config.chunk.norm_policy == "recalibrate"
+        self._calibration = calibration
+
+    def arrays(self) -> dict[str, Array]:
+        """The exchanged tensors; CPU tensors are views of the model, not copies."""
+        return to_arrays(self.model, self.spec)
+
+    def copy(self) -> dict[str, Array]:
+        """The exchanged tensors as they are now, owned by the caller."""
+        return snapshot(self.model, self.spec)
+
+    def load(self, arrays: Arrays) -> None:
+        """Write start weights into the model, in place."""
+        load_arrays(self.model, self.spec, arrays)
+
+    def score(self) -> tuple[float | None, float | None]:
+        """(loss, accuracy) by the user's ``evaluate``."""
+        if self._evaluate is None:
+            return None, None
+        scores = self._evaluate(self.model)
+        return scores.get("loss"), scores.get("accuracy")
+
+    def merged(
+        self, arrays: Arrays | None, report: RoundReport, before: tuple[float | None, float | None]
+    ) -> RoundReport:
+        """Take an exchange's outcome into the model; the report with the scores filled in."""
+        if arrays is None:
+            return replace(report, loss_before=before[0], accuracy_before=before[1])
+        self.load(arrays)
+        if self._recalibrates and self._calibration is not None:
+            recalibrate(self.model, self._calibration)
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
+        loss, accuracy = self.score()
+        return replace(
+            report,
+            loss_before=before[0],
+            accuracy_before=before[1],
+            loss_after=loss,
+            accuracy_after=accuracy,
+        )

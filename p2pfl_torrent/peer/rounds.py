@@ -1,0 +1,333 @@
+"""One peer's rounds: cut and publish the update, wait for the closing, average, keep, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import trio
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.aggregation import aggregate
+from p2pfl_torrent.core.chunking import Layout, encode_chunk
+from p2pfl_torrent.core.errors import P2PFLError
+from p2pfl_torrent.core.genesis import Genesis
+from p2pfl_torrent.core.importance import ImportanceScorer
+from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
+from p2pfl_torrent.core.peers import PeerId, Sign
+from p2pfl_torrent.core.reports import OwnerReport, RoundReport, RoundStarted
+from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, bfloat16_to_float32, model_hash
+from p2pfl_torrent.exchange.driver import Exchange
+from p2pfl_torrent.peer.catchup import CatchUp
+from p2pfl_torrent.peer.feed import EventFeed
+from p2pfl_torrent.store import Checkpoints, Store
+
+
+class UpdateError(P2PFLError):
+    """The update handed to ``exchange`` cannot be shared; the model is left as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What an exchange left: the weights of the next round's start, and the report.
+
+    Attributes:
+        arrays: None after a solo round: the model stays as it is.
+    """
+
+    arrays: dict[str, Array] | None
+    report: RoundReport
+
+
+class Rounds:
+    """Carries a model from round to round."""
+
+    def __init__(
+        self,
+        *,
+        local: PeerId,
+        sign: Sign,
+        genesis: Genesis,
+        layout: Layout,
+        store: Store,
+        checkpoints: Checkpoints,
+        exchange: Exchange,
+        catch_up: CatchUp,
+        scorer: ImportanceScorer,
+        feed: EventFeed,
+    ) -> None:
+        self.round = 0
+        self.base_hash = bytes.fromhex(genesis.initial_hash)
+        self.phase = "joining"
+        self._local = local
+        self._sign = sign
+        self._genesis = genesis
+        self._swarm_id = genesis.swarm_id
+        self._layout = layout
+        self._store = store
+        self._checkpoints = checkpoints
+        self._exchange = exchange
+        self._catch_up = catch_up
+        self._scorer = scorer
+        self._feed = feed
+
+    # --- beginning ---------------------------------------------------------------------------
+
+    def begin(self, round: int, arrays: Arrays, base_hash: bytes, *, caught_up: bool) -> None:
+        """A round's start weights are known: keep them, and let the machine begin the round."""
+        if self._checkpoints.hash_of(round - 1) != base_hash:
+            self._checkpoints.save(round - 1, arrays, base_hash)
+        self._resume(round, base_hash, caught_up=caught_up)
+
+    def _resume(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
+        self.round, self.base_hash, self.phase = round, base_hash, "training"
+        forgotten = tuple(self._store.prune(round))
+        self._exchange.round_begun(ev.RoundBegun(round, forgotten, caught_up))
+        members = len(self._exchange.swarm.live)
+        self._feed.emit(RoundStarted(round, base_hash.hex(), members))
+
+    # --- one exchange ------------------------------------------------------------------------
+
+    async def exchange(
+        self, arrays: Arrays, num_samples: int, metrics: Mapping[str, float], began: float
+    ) -> Merged:
+        """Share an update and merge what the others shared.
+
+        Args:
+            arrays: the trained weights; read before this returns, never changed.
+            began: trio's time when the user called.
+
+        Raises:
+            UpdateError: the update cannot be shared.
+        """
+        bound = self._genesis.terms.rounds.max_num_samples
+        if not 1 <= num_samples <= bound:
+            raise UpdateError(
+                f"num_samples is {num_samples}, but must be 1 to {bound} (federate.max_num_samples)."
+            )
+        await trio.to_thread.run_sync(_check_finite, self._layout, arrays)
+        if self._exchange.swarm.solo:
+            return Merged(None, self._solo(metrics, began))
+        swarm = self._exchange.swarm
+        before = (swarm.fetching.bytes_duplicate, swarm.serving.bytes_uploaded)
+        manifest = self._own_manifest() or await self._publish(arrays, num_samples)
+        self.phase = "exchanging"
+        self._exchange.feed(ev.UpdateReady(manifest))
+        outcome = await self._exchange.outcome()
+        closed = trio.current_time()
+        self.phase = "aggregating"
+        if isinstance(outcome, ev.MissedRound):
+            merged = await self._missed(metrics, began, closed)
+            if merged is not None:
+                return merged
+            # Nobody has gone on: the others may be gone. What is here is still worth averaging.
+            outcome = swarm.close_late()
+        return await self._merge(outcome, metrics, began, closed, before)
+
+    def _own_manifest(self) -> Manifest | None:
+        """Our update of this round from before a restart: a second one would be equivocation."""
+        known = self._exchange.swarm.ledger.update_of(self._local, self.round)
+        return known.manifest if known is not None and known.held.complete else None
+
+    async def _publish(self, arrays: Arrays, num_samples: int) -> Manifest:
+        """Store the update chunk by chunk and sign its manifest; one chunk in memory at a time."""
+        layout, round = self._layout, self.round
+
+        def describe() -> tuple[list[int], list[bytes]]:
+            sizes, hashes = [], []
+            for index in range(len(layout.chunks)):
+                data = encode_chunk(layout, index, arrays)
+                sizes.append(len(data))
+                hashes.append(block_hashes(data, layout.block_size))
+            return sizes, hashes
+
+        sizes, hashes = await trio.to_thread.run_sync(describe)
+        ranks = await trio.to_thread.run_sync(self._scorer.ranks, layout, arrays)
+        manifest = make_manifest(
+            layout=layout,
+            swarm=self._swarm_id,
+            round=round,
+            owner=self._local,
+            base_hash=self.base_hash,
+            num_samples=num_samples,
+            sizes=sizes,
+            ranks=ranks,
+            blocks=hashes,
+            sign=self._sign,
+        )
+        self._store.put_manifest(manifest)
+        for index in range(len(layout.chunks)):
+            data = await trio.to_thread.run_sync(encode_chunk, layout, index, arrays)
+            self._store.write(manifest.update, index, 0, data)
+            self._store.complete_chunk(manifest.update, index, self._local)
+        return manifest
+
+    async def _merge(
+        self,
+        close: ev.CloseRound,
+        metrics: Mapping[str, float],
+        began: float,
+        closed: float,
+        before: tuple[int, int],
+    ) -> Merged:
+        start = self._checkpoints.load(self.round - 1)
+        out = {
+            tensor.name: np.empty(tensor.shape, NUMPY_DTYPES[tensor.dtype])
+            for tensor in self._layout.spec.tensors
+        }
+        chunks = _contributions(self._layout, close)
+        result = await trio.to_thread.run_sync(
+            aggregate, self._layout, chunks, self._store.chunk, start, out
+        )
+        new_hash = await trio.to_thread.run_sync(model_hash, self._layout.spec, out)
+        swarm = self._exchange.swarm
+        received = sum(
+            swarm.fetching.bytes_received.get(count.manifest.update, 0) for count in close.counts
+        )
+        report = RoundReport(
+            round=self.round,
+            next_round=self.round + 1,
+            closed_by=close.closed_by,
+            members=len(swarm.live),
+            owners=_owners(close, self._layout, {refused.owner for refused in result.refused}),
+            completeness=close.completeness,
+            bytes_payload=received,
+            bytes_duplicate=swarm.fetching.bytes_duplicate - before[0],
+            bytes_uploaded=swarm.serving.bytes_uploaded - before[1],
+            seconds=trio.current_time() - began,
+            exchange_seconds=closed - began,
+            aggregate_seconds=trio.current_time() - closed,
+            model_hash=new_hash.hex(),
+            agreement=self._agreement(),
+            extended=close.extended,
+            below_min_completion=close.below_min_completion,
+            metrics=dict(metrics),
+        )
+        self._checkpoints.save(self.round, out, new_hash)
+        self._store.finish_round(
+            self.round,
+            close.closed_by,
+            new_hash,
+            msgspec.json.encode(report),
+            [count.manifest.update for count in close.counts],
+        )
+        self._scorer.delivered(self._layout, out)
+        self._resume(self.round + 1, new_hash, caught_up=False)
+        return Merged(out, report)
+
+    async def _missed(
+        self, metrics: Mapping[str, float], began: float, closed: float
+    ) -> Merged | None:
+        """The round went on without us: take over the state that the others go on from."""
+        members = sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
+        patience = self._genesis.terms.rounds.exchange_timeout
+        missed = self.round
+        taken = await self._catch_up.take(lambda: members, missed + 1, patience)
+        if taken is None:
+            return None
+        self.begin(taken.round, taken.arrays, taken.base_hash, caught_up=True)
+        report = RoundReport(
+            round=missed,
+            next_round=taken.round,
+            closed_by="late",
+            members=len(self._exchange.swarm.live),
+            owners=(),
+            completeness=0.0,
+            bytes_payload=0,
+            bytes_duplicate=0,
+            bytes_uploaded=0,
+            seconds=trio.current_time() - began,
+            exchange_seconds=closed - began,
+            aggregate_seconds=trio.current_time() - closed,
+            model_hash=taken.base_hash.hex(),
+            late=True,
+            attested=taken.attested,
+            metrics=dict(metrics),
+        )
+        return Merged(taken.arrays, report)
+
+    def _solo(self, metrics: Mapping[str, float], began: float) -> RoundReport:
+        return RoundReport(
+            round=self.round,
+            next_round=self.round,
+            closed_by="solo",
+            members=len(self._exchange.swarm.live),
+            owners=(),
+            completeness=0.0,
+            bytes_payload=0,
+            bytes_duplicate=0,
+            bytes_uploaded=0,
+            seconds=trio.current_time() - began,
+            exchange_seconds=0.0,
+            aggregate_seconds=0.0,
+            model_hash=self.base_hash.hex(),
+            metrics=dict(metrics),
+        )
+
+    def _agreement(self) -> float | None:
+        """Share of the others' updates of this round that were trained from our start weights."""
+        bases = [
+            known.manifest.header.base_hash
+            for known in self._exchange.swarm.ledger
+            if known.manifest.round == self.round and known.manifest.owner != self._local
+        ]
+        return bases.count(self.base_hash) / len(bases) if bases else None
+
+
+def _contributions(
+    layout: Layout, close: ev.CloseRound
+) -> dict[int, list[tuple[PeerId, UpdateId, float]]]:
+    """Chunk -> (owner, update to read it from, weight), in canonical order."""
+    chunks: dict[int, list[tuple[PeerId, UpdateId, float]]] = {
+        chunk.index: [] for chunk in layout.chunks
+    }
+    for count in close.counts:
+        sources = dict.fromkeys(count.chunks, count.manifest.update)
+        sources.update(count.fills)
+        for chunk, update in sources.items():
+            chunks[chunk].append((count.manifest.owner, update, count.weight))
+    return chunks
+
+
+def _owners(
+    close: ev.CloseRound, layout: Layout, refused: set[PeerId]
+) -> tuple[OwnerReport, ...]:
+    total = len(layout.chunks)
+    reports = [
+        OwnerReport(
+            owner=count.manifest.owner,
+            trained_round=count.manifest.round,
+            num_samples=count.manifest.header.num_samples,
+            weight=count.weight,
+            chunks=len(count.chunks),
+            filled=len(count.fills),
+            total=total,
+            status="refused" if count.manifest.owner in refused else count.status,
+        )
+        for count in close.counts
+    ]
+    reports += [
+        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing")
+        for member in close.missing
+    ]
+    reports += [
+        OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped
+    ]
+    return tuple(sorted(reports, key=lambda report: (report.owner, report.trained_round)))
+
+
+def _check_finite(layout: Layout, arrays: Arrays) -> None:
+    """Refuse to share what every other peer would refuse to average."""
+    for tensor in layout.spec.tensors:
+        if not tensor.is_float:
+            continue
+        values = arrays[tensor.name]
+        if tensor.dtype == "BF16":
+            values = bfloat16_to_float32(values)  # type: ignore[arg-type]
+        if not np.isfinite(values).all():  # type: ignore[arg-type]
+            raise UpdateError(
+                f"Tensor {tensor.name!r} holds NaN or infinity: training has diverged, so this "
+                "update was not shared; lower the learning rate or restore an earlier checkpoint."
+            )

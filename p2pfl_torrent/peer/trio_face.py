@@ -1,0 +1,105 @@
+"""``AsyncPeer``: a peer inside a trio program."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
+from p2pfl_torrent.peer.model import Evaluate, LocalModel
+from p2pfl_torrent.peer.node import Node, open_node
+
+if TYPE_CHECKING:
+    from torch import nn, optim
+
+
+class AsyncPeer:
+    """A member of a swarm, in trio code.
+
+    ``async with`` joins the swarm and puts the common start weights into ``model``; leaving the
+    block serves the neighbours until they have what they need, then says goodbye. Train in a
+    thread (``trio.to_thread.run_sync``), so that chunks are served meanwhile.
+
+    Args: as ``Peer``.
+
+    Raises (on entering):
+        ConfigError, GenesisMismatchError, JoinError and the other P2PFLErrors, one sentence each.
+    """
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        model: nn.Module,
+        *,
+        evaluate: Evaluate | None = None,
+        optimizer: optim.Optimizer | None = None,
+        calibration: Iterable[Any] | None = None,
+    ) -> None:
+        self._model = LocalModel(
+            config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
+        )
+        self._node = Node(config, self._model.spec, self._model.copy())
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> AsyncPeer:
+        await self._stack.__aenter__()
+        try:
+            await self._stack.enter_async_context(open_node(self._node))
+            self._model.load(self._node.start_weights())
+        except BaseException as error:
+            # The block is never entered, so nobody else would close what is open.
+            with trio.CancelScope(shield=True):
+                await self._stack.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def peer_id(self) -> str:
+        """This peer's libp2p id."""
+        return self._node.peer_id
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Multiaddrs under which this peer can be reached, for others' ``network.bootstrap``."""
+        return self._node.addrs
+
+    async def rounds(self) -> AsyncIterator[int]:
+        """The rounds to train, until the last; call ``exchange`` once for each."""
+        while self._node.round <= self._node.total_rounds:
+            yield self._node.round
+
+    async def exchange(
+        self, num_samples: int, metrics: Mapping[str, float] | None = None
+    ) -> RoundReport:
+        """Share the model's weights and replace them by the swarm's aggregate. As ``Peer``."""
+        before = self._model.score()
+        merged = await self._node.exchange(self._model.arrays(), num_samples, metrics or {})
+        report = self._model.merged(merged.arrays, merged.report, before)
+        self._node.finished(report)
+        return report
+
+    def progress(self, done: int, total: int, loss: float | None = None) -> None:
+        """Tell watchers how far this round's training is (batches, epochs: any unit)."""
+        self._node.progress(done, total, loss)
+
+    def statistics(self) -> PeerStatistics:
+        """A snapshot of what this peer is doing."""
+        return self._node.statistics()
+
+    def events(self, backlog: int = DEFAULT_BACKLOG) -> Subscription:
+        """Events from now on; ``drain()`` never blocks, iterating does (use a thread)."""
+        return self._node.feed.subscribe(backlog)
