@@ -1,7 +1,7 @@
 """Models, data and training: the only room that imports torch.
 
     state      a torch module as named arrays and back
-    gradients  what importance scores need from a backward pass
+    norms      norm policies and recomputed running statistics
     datasets   digits, MNIST from IDX files, whatever torchvision has
     partition  who gets which samples: iid, dirichlet(alpha), label_skew(labels)
     models     small networks, built from a seed

@@ -10,10 +10,11 @@ account or a download script::
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -164,7 +165,9 @@ def _read_up_to(stream: BinaryIO, size: int) -> bytearray:
 
 
 def _load_digits() -> tuple[Dataset, Dataset]:
-    source = _optional("sklearn.datasets", "scikit-learn").load_digits()
+    with _needing("scikit-learn"):
+        from sklearn.datasets import load_digits
+    source: Any = load_digits()
     x = (np.asarray(source.images, dtype=np.float32) / np.float32(16))[:, np.newaxis]
     whole = Dataset(x, np.asarray(source.target, dtype=np.int64), 10)
     # RandomState, unlike Generator, promises the same stream in every numpy version.
@@ -207,8 +210,9 @@ def _find_idx(root: Path, stem: str, kind: str) -> Path:
 
 
 def _load_torchvision(name: str, root: Path, download: bool) -> tuple[Dataset, Dataset]:
-    sets: Any = _optional("torchvision.datasets", "torchvision")
-    factory = getattr(sets, name, None)
+    with _needing("torchvision"):
+        from torchvision import datasets
+    factory: Any = getattr(datasets, name, None)
     if factory is None:
         raise ConfigError(f"torchvision has no data set {name!r}: try torchvision:CIFAR10.")
     try:
@@ -247,10 +251,17 @@ def _data_root(root: str | Path | None) -> Path:
     return Path(given).expanduser()
 
 
-def _optional(module: str, package: str) -> Any:
+@contextmanager
+def _needing(package: str) -> Iterator[None]:
+    """Turn a failed import into a sentence with the command that mends it."""
     try:
-        return importlib.import_module(module)
+        yield
     except ImportError as error:
         raise ConfigError(
             f"This data set needs {package}, which is not installed: pip install {package}."
+        ) from error
+    except (RuntimeError, OSError) as error:  # its compiled part was built for another release
+        raise ConfigError(
+            f"{package} is installed but does not load ({error}): install the release of "
+            f"{package} that belongs to your torch and numpy."
         ) from error

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch.nn import functional
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset
+from p2pfl_torrent.learning.recipes import OnMerge
 
-OnMerge = Literal["keep", "reset"]
 OnBatch = Callable[[int, int, float], None]
 """Called after each batch with (batches done, batches in total, loss of this batch)."""
 

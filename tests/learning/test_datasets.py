@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -198,6 +199,21 @@ def test_a_missing_package_is_named_with_its_command(
         load(name, tmp_path)
 
 
+def test_a_package_built_for_another_torch_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("torchvision", "torchvision.datasets"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ConfigError, match=r"does not load .*nms.*belongs to your torch"):
+        load("torchvision:MNIST", tmp_path)
+
+
 class FakeMNIST:
     """torchvision's MNIST as far as it is used: [n, h, w] pixels, an array of targets."""
 
@@ -225,10 +241,10 @@ def no_such_half(root: str, split: str) -> None:
 
 @pytest.fixture
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = ModuleType("torchvision")
-    sets = SimpleNamespace(MNIST=FakeMNIST, CIFAR10=FakeCIFAR10, SVHN=no_such_half)
+    package: Any = ModuleType("torchvision")
+    package.datasets = SimpleNamespace(MNIST=FakeMNIST, CIFAR10=FakeCIFAR10, SVHN=no_such_half)
     monkeypatch.setitem(sys.modules, "torchvision", package)
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", sets)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", package.datasets)
 
 
 @pytest.mark.usefixtures("torchvision")
