@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import msgspec
 import numpy as np
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
-from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec
+from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec, array_bytes
 
 MAX_CHUNKS = 1 << 16  # a chunk's index is 16 bits on the wire
 MAX_HEADER_PER_SLICE = 2 << 10  # JSON of one entry: up to 256 characters of name, escaped
@@ -75,7 +76,7 @@ class Layout:
         return -(-file_bytes // self.block_size)
 
     def slice_name(self, part: TensorSlice) -> str:
-        """The name a slice has inside its safetensors file: ``fc.weight`` or ``fc.weight[0:64]``."""
+        """A slice's name inside its safetensors file: ``fc.weight`` or ``fc.weight[0:64]``."""
         tensor = self.spec.tensors[part.tensor]
         rows = tensor.shape[0] if tensor.shape else 1
         if part.start == 0 and part.stop == rows:
@@ -138,7 +139,12 @@ def slice_of(array: Array, part: TensorSlice) -> Array:
 
 
 def encode_chunk(layout: Layout, index: int, arrays: Arrays) -> bytes:
-    """The safetensors file of one chunk.
+    """The safetensors file of one chunk."""
+    return b"".join(encode_chunk_parts(layout, index, arrays))
+
+
+def encode_chunk_parts(layout: Layout, index: int, arrays: Arrays) -> Iterator[bytes | memoryview]:
+    """The safetensors file of one chunk in parts: its header, then each slice without a copy.
 
     The bytes are written here, not by the library: its low-level writer differs between versions,
     has no bfloat16 for numpy, and an owner that restarts must produce the same hashes. The order
@@ -149,24 +155,35 @@ def encode_chunk(layout: Layout, index: int, arrays: Arrays) -> bytes:
         key=lambda part: (-layout.spec.tensors[part.tensor].itemsize, layout.slice_name(part)),
     )
     header: dict[str, dict[str, Any]] = {}
-    values: list[bytes] = []
     offset = 0
     for part in ordered:
         tensor = layout.spec.tensors[part.tensor]
-        data = np.ascontiguousarray(slice_of(arrays[tensor.name], part)).tobytes()
+        shape = layout.slice_shape(part)
+        size = math.prod(shape) * tensor.itemsize
         header[layout.slice_name(part)] = {
             "dtype": tensor.dtype,
-            "shape": list(layout.slice_shape(part)),
-            "data_offsets": [offset, offset + len(data)],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
         }
-        values.append(data)
-        offset += len(data)
+        offset += size
     encoded = msgspec.json.encode(header)
     encoded += b" " * (-len(encoded) % 8)
-    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *values])
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for part in ordered:
+        array = arrays[layout.spec.tensors[part.tensor].name]
+        yield array_bytes(slice_of(array, part))
 
 
-def decode_chunk(layout: Layout, index: int, data: bytes | memoryview | np.memmap) -> list[Array]:
+def checkpoint_layout(spec: ModelSpec) -> Layout:
+    """A whole model as a single chunk: the layout of a checkpoint file."""
+    slices = tuple(
+        TensorSlice(index, 0, tensor.shape[0] if tensor.shape else 1)
+        for index, tensor in enumerate(spec.tensors)
+    )
+    return Layout(spec, (ChunkLayout(0, slices, spec.nbytes),), block_size=max(1, spec.nbytes))
+
+
+def decode_chunk(layout: Layout, index: int, data: bytes | memoryview) -> list[Array]:
     """The arrays of one chunk's file, in the order of its slices, as read-only views of ``data``.
 
     Raises:

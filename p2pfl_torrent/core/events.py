@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union
 
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
@@ -119,10 +118,21 @@ class Tick:
     """Time has passed."""
 
 
-Stimulus = Union[
-    HolderOpened, HolderClosed, FetcherOpened, FetcherClosed, FromHolder, FromFetcher,
-    ManifestGossip, AvailabilityGossip, MembersNow, RoundBegun, Restored, UpdateReady, Tick,
-]  # fmt: skip
+Stimulus = (
+    HolderOpened
+    | HolderClosed
+    | FetcherOpened
+    | FetcherClosed
+    | FromHolder
+    | FromFetcher
+    | ManifestGossip
+    | AvailabilityGossip
+    | MembersNow
+    | RoundBegun
+    | Restored
+    | UpdateReady
+    | Tick
+)
 
 # --- effects ---------------------------------------------------------------------------------
 
@@ -244,7 +254,16 @@ class Emit:
     event: PeerEvent
 
 
-Effect = Union[
-    ToHolder, ToFetcher, PublishManifest, PublishAvailability, StoreManifest, StoreBlocks,
-    StoreComplete, Drop, CloseRound, MissedRound, Emit,
-]  # fmt: skip
+Effect = (
+    ToHolder
+    | ToFetcher
+    | PublishManifest
+    | PublishAvailability
+    | StoreManifest
+    | StoreBlocks
+    | StoreComplete
+    | Drop
+    | CloseRound
+    | MissedRound
+    | Emit
+)

@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from p2pfl_torrent.core.picker import BlockRequest, Picker
-
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, StoreBlocks, StoreComplete, ToHolder
@@ -15,6 +13,7 @@ from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import Availability, Cancel, GetManifest, Have, Piece, Request
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.picker import BlockRequest, Picker
 from p2pfl_torrent.core.reports import BlockRefused, ChunkReceived
 
 MAX_WANTED = 1024  # manifests heard of but not here: members x rounds kept, with room
@@ -69,6 +68,14 @@ class Fetching:
     def remote_holds(self, peer: PeerId, update: UpdateId) -> Bitfield | None:
         """What a holder announced of an update."""
         return self._remote.get(peer, {}).get(update)
+
+    def available(self, update: UpdateId) -> list[int]:
+        """Per chunk, how many holders announced it."""
+        counts = [0] * self._num_chunks
+        for held in self._remote.values():
+            for chunk in held.get(update, ()):
+                counts[chunk] += 1
+        return counts
 
     def announced(
         self, peer: PeerId, message: Availability | Have, oldest: int, newest: int
@@ -185,10 +192,10 @@ class Fetching:
             ToHolder(request.peer, Cancel(request.number)) for request in self._picker.expire(now)
         ]
 
-    def next_wakeup(self) -> float | None:
+    def next_wakeup(self, now: float) -> float | None:
         """When ``expire`` or a manifest's patience may matter."""
         times = [w.asked_at + MANIFEST_PATIENCE for w in self._wanted.values() if w.asked]
-        timeout = self._picker.next_timeout()
+        timeout = self._picker.next_timeout(now)
         return min(times + ([timeout] if timeout is not None else []), default=None)
 
     # --- answers -----------------------------------------------------------------------------

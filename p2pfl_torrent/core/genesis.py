@@ -7,7 +7,7 @@ the swarm's first peer adds: a nonce that makes this run unique, and the start w
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from p2pfl_torrent.core.errors import RemoteProtocolError
 MAX_GENESIS_BYTES = 32768
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+_T = TypeVar("_T")
+
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -52,7 +54,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quorum: share of the live members that must have published to start the exchange clock.
         min_completion_ratio: below it the window is extended once, if that can help.
         max_staleness: rounds by which an update may be late and still count, discounted.
-        fill_max_age: rounds for which an owner's last received chunk may stand in for a missing one.
+        fill_max_age: rounds for which an owner's last received chunk may fill a missing one.
         max_num_samples: bound on any owner's weight.
     """
 
@@ -130,7 +132,7 @@ def decode_genesis(data: bytes) -> Genesis:
     return _decode(data, Genesis)
 
 
-def _decode(data: bytes, kind: type[Any]) -> Any:
+def _decode(data: bytes, kind: type[_T]) -> _T:
     if len(data) > MAX_GENESIS_BYTES:
         raise RemoteProtocolError(f"{kind.__name__} of {len(data)} bytes")
     try:

@@ -152,7 +152,7 @@ class Ledger:
         return last[1]
 
     def ages(self, owner: PeerId, round: int) -> list[int]:
-        """Per chunk, rounds since that owner's chunk was last merged here; never counts as round."""
+        """Per chunk, rounds since that owner's was last merged here; ``round`` if never."""
         return [round - self._merged.get((owner, chunk), 0) for chunk in range(self._num_chunks)]
 
     def forget(self, update: UpdateId) -> None:

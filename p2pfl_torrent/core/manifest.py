@@ -283,7 +283,9 @@ def decode_manifest_gossip(
 
 def _check_entries(entries: tuple[ChunkEntry, ...], layout: Layout, payload: int) -> None:
     if len(entries) != len(layout.chunks):
-        raise RemoteProtocolError(f"{len(entries)} chunks, the swarm agreed on {len(layout.chunks)}")
+        raise RemoteProtocolError(
+            f"{len(entries)} chunks, the swarm agreed on {len(layout.chunks)}"
+        )
     for entry, chunk in zip(entries, layout.chunks, strict=True):
         if entry.slices != chunk.slices:
             raise RemoteProtocolError(f"chunk {chunk.index} has other slices than agreed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Union
+from typing import Annotated
 
 import msgspec
 
@@ -18,7 +18,9 @@ from p2pfl_torrent.core.manifest import MAX_ROUND, Hash
 PROTOCOL_ID = "/p2pfl-torrent/chunk/1.0.0"
 
 FRAME_HEADER = struct.Struct("!IB")  # bytes that follow the type, type
-MAX_CONTROL_FRAME = 1 << 20  # a manifest of 32,000 blocks; larger ones are cut by the layout's bound
+MAX_CONTROL_FRAME = (
+    1 << 20
+)  # a manifest of 32,000 blocks; larger ones are cut by the layout's bound
 MAX_REQUEST_BYTES = 1 << 20  # one Piece's payload: bounds what a request can pin in memory
 MAX_RECORD_BYTES = 4096  # a signed member record with 16 addresses
 MAX_HAVE = 4096  # chunks in one Have
@@ -160,18 +162,28 @@ class Piece:
     data: bytes | bytearray | memoryview
 
 
-ControlMessage = Union[
-    Hello, Ping, Pong, Availability, Have, GetManifest, ManifestData, NoManifest, Request, Cancel,
-    Reject, Refuse,
-]  # fmt: skip
-Message = Union[ControlMessage, Piece]
+ControlMessage = (
+    Hello
+    | Ping
+    | Pong
+    | Availability
+    | Have
+    | GetManifest
+    | ManifestData
+    | NoManifest
+    | Request
+    | Cancel
+    | Reject
+    | Refuse
+)
+Message = ControlMessage | Piece
 
 TYPE_CONTROL = 0
 TYPE_PIECE = 1
 PIECE_HEADER = struct.Struct("!I")
 MAX_PIECE_FRAME = PIECE_HEADER.size + MAX_REQUEST_BYTES
 
-_decode_control = msgspec.msgpack.Decoder(ControlMessage).decode  # type: ignore[arg-type]
+_decode_control = msgspec.msgpack.Decoder(ControlMessage).decode
 _encode_control = msgspec.msgpack.Encoder().encode
 
 
@@ -231,5 +243,3 @@ def decode_availability_gossip(data: bytes) -> Availability:
     if not isinstance(message, Availability):
         raise RemoteProtocolError(f"{type(message).__name__} on an availability topic")
     return message
-
-

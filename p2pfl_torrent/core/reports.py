@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Union
 
 from p2pfl_torrent.core.peers import PeerId
 
@@ -62,8 +61,8 @@ class RoundReport:
         exchange_seconds: the part of it before the closing.
         aggregate_seconds: the part of it spent averaging.
         model_hash: hex model_hash of the aggregate, exchanged tensors only.
-        agreement: share of the members heard from whose next manifests named this hash; None
-            until any has been heard.
+        agreement: share of the others' updates of this round that were trained from the same start
+            weights as ours; None where there was none.
         extended: whether the window was extended to reach min_completion_ratio.
         below_min_completion: whether it was not reached all the same.
         late: this peer's own update missed the round; it goes into the next, discounted.
@@ -263,7 +262,7 @@ class PeerDropped:
 
 @dataclass(frozen=True, slots=True)
 class DeadlineSet:
-    """The exchange clock of a round started, or was moved: by "quorum", "train_timeout" or "extension"."""
+    """A round's exchange deadline was set or moved: "quorum", "train_timeout" or "extension"."""
 
     round: int
     in_seconds: float
@@ -293,8 +292,19 @@ class Left:
     reason: str
 
 
-PeerEvent = Union[
-    Joined, MemberChanged, EdgeChanged, RoundStarted, TrainingProgress, ManifestSeen,
-    ChunkReceived, BlockRefused, PeerDropped, DeadlineSet, RoundClosed, RoundFinished, Left,
-]  # fmt: skip
+PeerEvent = (
+    Joined
+    | MemberChanged
+    | EdgeChanged
+    | RoundStarted
+    | TrainingProgress
+    | ManifestSeen
+    | ChunkReceived
+    | BlockRefused
+    | PeerDropped
+    | DeadlineSet
+    | RoundClosed
+    | RoundFinished
+    | Left
+)
 """Everything a peer reports; ``events.jsonl`` holds one a line, its type under ``event``."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from p2pfl_torrent.core.uploads import UploadQueue
-
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Effect, ToFetcher
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
@@ -30,6 +28,7 @@ from p2pfl_torrent.core.messages import (
     Request,
 )
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.uploads import UploadQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +124,17 @@ class Serving:
         self._uploads.sent(peer, size, now)
         self.bytes_uploaded += size
 
-    def runnable(self) -> list[PeerId]:
+    def queued(self, peer: PeerId) -> int:
+        """Requests of a fetcher that wait for their answer."""
+        return self._uploads.queued(peer)
+
+    def runnable(self, now: float) -> list[PeerId]:
         """Fetchers whose writer has a piece to send now."""
-        return list(self._uploads.runnable())
+        return self._uploads.runnable(now)
+
+    def next_wakeup(self) -> float | None:
+        """When a slot that a slow fetcher holds becomes free for another."""
+        return self._uploads.next_wakeup()
 
     def announce_chunk(self, update: UpdateId, chunk: int) -> list[Effect]:
         """Tell every fetcher that a chunk is here, the one it came from too: it counts on that."""

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
-
-from p2pfl_torrent.core.picker import Picker, PickerPolicy
-from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
@@ -46,9 +43,11 @@ from p2pfl_torrent.core.messages import (
     decode_availability_gossip,
 )
 from p2pfl_torrent.core.peers import PeerId, Verify
+from p2pfl_torrent.core.picker import Picker, PickerPolicy
 from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
 from p2pfl_torrent.core.rounds import DeadlineChange, RoundClock
 from p2pfl_torrent.core.serving import Serving, Upload, chunks_of
+from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
 MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pulled
 MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
@@ -67,8 +66,8 @@ class SwarmPolicy:
             before it is given up: some relays' Have away.
     """
 
-    picker: PickerPolicy = PickerPolicy()
-    uploads: UploadPolicy = UploadPolicy()
+    picker: PickerPolicy = field(default_factory=PickerPolicy)
+    uploads: UploadPolicy = field(default_factory=UploadPolicy)
     announce_interval: float = 1.0
     settle_seconds: float = 0.5
 
@@ -312,10 +311,10 @@ class Swarm:
             effects.extend(self.fetching.forget(update))
             self.ledger.forget(update)
         for known in list(self.ledger):
-            if known.counted_in is None and stimulus.caught_up and not known.after_deadline:
-                if known.manifest.round < self.round:
-                    # The state taken over contains it already: counting it again would weigh it twice.
-                    self.ledger.count(known.manifest.update, known.held, self.round - 1)
+            contained = stimulus.caught_up and not known.after_deadline
+            if contained and known.counted_in is None and known.manifest.round < self.round:
+                # The state taken over holds it already: counting it again would weigh it twice.
+                self.ledger.count(known.manifest.update, known.held, self.round - 1)
             if known.counted_in is not None:
                 effects.extend(self.fetching.stop(known.manifest.update))
         self.ledger.forget_rounds_before(self._oldest_round())
@@ -400,19 +399,18 @@ class Swarm:
     def next_wakeup(self, now: float) -> float:
         """When a Tick is due at the latest."""
         times = [now + 60.0]
-        if self.clock is not None:
-            # Once passed while still training, nothing here waits for it any more.
-            if not self.clock.passed(now):
-                times.append(self.clock.next_wakeup())
+        # Once passed while still training, nothing here waits for it any more.
+        if self.clock is not None and not self.clock.passed(now):
+            times.append(self.clock.next_wakeup())
         if self._changed:
             times.append(self._announced_at + self._policy.announce_interval)
         if self.phase == "exchanging":
             settled = self._settling_since + self._policy.settle_seconds
             if settled > now:
                 times.append(settled)
-        timeout = self.fetching.next_wakeup()
-        if timeout is not None:
-            times.append(timeout)
+        for timeout in (self.fetching.next_wakeup(now), self.serving.next_wakeup()):
+            if timeout is not None:
+                times.append(timeout)
         return min(times)
 
     def _judge(self, now: float) -> list[Effect]:
@@ -503,7 +501,7 @@ class Swarm:
         return self.serving.next_upload(peer, now)
 
     def others_have_all(self) -> bool:
-        """Whether every neighbour that fetches here holds what is held here of the latest rounds."""
+        """Whether every neighbour that fetches here holds what is here of the last two rounds."""
         for known in self.ledger:
             if known.manifest.round < self.round - 1 or known.held.count == 0:
                 continue

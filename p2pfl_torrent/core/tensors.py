@@ -119,12 +119,19 @@ def check_arrays(spec: ModelSpec, arrays: Arrays) -> None:
         raise ConfigError(f"Tensor {min(unknown)!r} is not part of the model.")
 
 
+def array_bytes(array: Array) -> bytes | memoryview:
+    """The raw bytes of an array in C order, without a copy where it is contiguous."""
+    if not array.size:
+        return b""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return memoryview(flat.view(np.uint8))  # type: ignore[arg-type]  # numpy arrays are buffers
+
+
 def model_hash(spec: ModelSpec, arrays: Arrays) -> bytes:
     """SHA-256 over the spec's fingerprint and every tensor's bytes in exchange order (32 bytes)."""
     digest = hashlib.sha256(spec.fingerprint().encode())
     for tensor in spec.tensors:
-        array = np.ascontiguousarray(arrays[tensor.name])
-        digest.update(memoryview(array.reshape(-1)).cast("B") if array.size else b"")
+        digest.update(array_bytes(arrays[tensor.name]))
     return digest.digest()
 
 

@@ -38,6 +38,14 @@ FIRST_DIAL_HEADSTART = 0.3  # seconds the lower PeerId has to dial, so that both
 MIN_TICK = 0.005  # seconds; no timer needs more, and a mistake must not spin
 
 
+class TaskStatus(Protocol):
+    """trio's, which has no public type that all its versions share."""
+
+    def started(self) -> None:
+        """The task is up."""
+        ...
+
+
 class Surroundings(Protocol):
     """What the driver asks of and tells the peer around it."""
 
@@ -112,7 +120,7 @@ class Exchange:
 
     # --- life --------------------------------------------------------------------------------
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve, fetch and keep the edges until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -124,11 +132,13 @@ class Exchange:
         while True:
             now = trio.current_time()
             self._tick_at = max(now + MIN_TICK, self.swarm.next_wakeup(now))
-            with trio.move_on_at(self._tick_at):
+            with trio.move_on_at(self._tick_at) as waiting:
                 await self._timer.wait()
+            if waiting.cancelled_caught:
+                self.feed(ev.Tick())
+                self._wake_writers()
+            else:
                 self._timer = trio.Event()
-                continue
-            self.feed(ev.Tick())
 
     def feed(self, stimulus: ev.Stimulus) -> None:
         """Tell the machine, and do what it answers, at once."""
@@ -396,7 +406,7 @@ class Exchange:
         return Piece(upload.number, data)
 
     def _wake_writers(self) -> None:
-        for peer in self.swarm.serving.runnable():
+        for peer in self.swarm.serving.runnable(trio.current_time()):
             edge = self.edges.get(peer)
             if edge is not None and edge.answer is not None:
                 edge.answer.outbox.wake()

@@ -94,7 +94,9 @@ class UpdateStore(Protocol):
         """Blocks of a chunk that are here and match their hashes (re-hashed, so: not cheap)."""
         ...
 
-    def write(self, update: UpdateId, chunk: int, offset: int, data: bytes | memoryview) -> None:
+    def write(
+        self, update: UpdateId, chunk: int, offset: int, data: bytes | bytearray | memoryview
+    ) -> None:
         """Write verified bytes at an offset inside a chunk's file."""
         ...
 

@@ -58,9 +58,7 @@ def _as_edge_closed() -> Iterator[None]:
         raise EdgeClosedError(str(error)) from error
 
 
-async def open_stream(
-    host: Host, peer: PeerId, addrs: Sequence[str], protocol: str
-) -> ByteStream:
+async def open_stream(host: Host, peer: PeerId, addrs: Sequence[str], protocol: str) -> ByteStream:
     """A stream to a peer, connecting first where needed; EdgeClosedError when that fails."""
     try:
         if peer not in host.connected():

@@ -94,7 +94,10 @@ class CatchUp:
         votes = Counter((claim.round, claim.base_hash) for claim in claims.values())
         need = max(1, math.ceil(self._quorum * min(asked, MAX_ASKED)))
         ranked = sorted(
-            ((count >= need, round, count, base_hash) for (round, base_hash), count in votes.items()),
+            (
+                (count >= need, round, count, base_hash)
+                for (round, base_hash), count in votes.items()
+            ),
             reverse=True,
         )
         return [(round, h, attested) for attested, round, _, h in ranked if round >= at_least]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from p2pfl_torrent.config import PeerConfig
+
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.reports import RoundReport
 from p2pfl_torrent.core.tensors import Array, Arrays

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import trio
+from p2pfl_torrent.core.importance import ImportanceScorer
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.chunking import Layout, encode_chunk
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
-from p2pfl_torrent.core.importance import ImportanceScorer
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import OwnerReport, RoundReport, RoundStarted
@@ -105,7 +105,7 @@ class Rounds:
         bound = self._genesis.terms.rounds.max_num_samples
         if not 1 <= num_samples <= bound:
             raise UpdateError(
-                f"num_samples is {num_samples}, but must be 1 to {bound} (federate.max_num_samples)."
+                f"num_samples is {num_samples}: it must be 1 to {bound} (federate.max_num_samples)."
             )
         await trio.to_thread.run_sync(_check_finite, self._layout, arrays)
         if self._exchange.swarm.solo:
@@ -291,9 +291,7 @@ def _contributions(
     return chunks
 
 
-def _owners(
-    close: ev.CloseRound, layout: Layout, refused: set[PeerId]
-) -> tuple[OwnerReport, ...]:
+def _owners(close: ev.CloseRound, layout: Layout, refused: set[PeerId]) -> tuple[OwnerReport, ...]:
     total = len(layout.chunks)
     reports = [
         OwnerReport(
@@ -309,8 +307,7 @@ def _owners(
         for count in close.counts
     ]
     reports += [
-        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing")
-        for member in close.missing
+        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing") for member in close.missing
     ]
     reports += [
         OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped

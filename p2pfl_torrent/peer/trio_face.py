@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import trio
-
 from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.peer.node import Node, open_node
+
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
-from p2pfl_torrent.peer.node import Node, open_node
 
 if TYPE_CHECKING:
     from torch import nn, optim

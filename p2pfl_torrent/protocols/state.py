@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Protocol, TypeVar, Union
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 
@@ -59,9 +59,9 @@ class NoState(msgspec.Struct, frozen=True, array_like=True, tag=3):
     reason: Annotated[str, msgspec.Meta(max_length=256)]
 
 
-_Answer = Union[State, NoState]
+_Answer = State | NoState
 _decode_question = msgspec.msgpack.Decoder(GetState).decode
-_decode_answer = msgspec.msgpack.Decoder(_Answer).decode  # type: ignore[arg-type]
+_decode_answer = msgspec.msgpack.Decoder(_Answer).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 

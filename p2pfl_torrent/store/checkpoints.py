@@ -1,0 +1,77 @@
+"""Checkpoints: ``<state>/checkpoints/round-N.safetensors``, the weights after round N.
+
+``round-0`` holds the start weights of the swarm. Each file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from p2pfl_torrent.core.chunking import checkpoint_layout, decode_chunk, encode_chunk_parts
+from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
+from p2pfl_torrent.store.errors import StoreError
+from p2pfl_torrent.store.mapped import map_file
+
+_NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+class Checkpoints:
+    """The checkpoints of one state directory."""
+
+    def __init__(self, state_dir: Path, spec: ModelSpec) -> None:
+        self._dir = state_dir / "checkpoints"
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._layout = checkpoint_layout(spec)
+        for leftover in self._dir.glob("*.tmp"):  # of a write that a crash cut short
+            leftover.unlink()
+
+    def path(self, round: int) -> Path:
+        """Where the weights after a round are, or would be."""
+        return self._dir / f"round-{round}.safetensors"
+
+    def rounds(self) -> list[int]:
+        """Rounds with a checkpoint, oldest first."""
+        matches = (_NAME.fullmatch(entry.name) for entry in self._dir.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, round: int, arrays: Arrays) -> Path:
+        """Write atomically and durably, without a second copy of the model in memory."""
+        path = self.path(round)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            for part in encode_chunk_parts(self._layout, 0, arrays):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return path
+
+    def load(self, round: int) -> dict[str, Array]:
+        """The weights after a round, as read-only views of the mapped file.
+
+        Raises:
+            StoreError: there is none, or it is damaged.
+        """
+        path = self.path(round)
+        try:
+            values = decode_chunk(self._layout, 0, map_file(path))
+        except (OSError, ValueError, RemoteProtocolError) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}): delete it, and the peer takes the current "
+                "model from its neighbours."
+            ) from error
+        tensors = self._layout.spec.tensors
+        slices = self._layout.chunks[0].slices
+        return {
+            tensors[part.tensor].name: array for part, array in zip(slices, values, strict=True)
+        }
+
+    def prune(self, keep: int, *, spare: Callable[[int], bool] = lambda _: False) -> None:
+        """Delete all but the newest ``keep``, and those to spare."""
+        for round in self.rounds()[:-keep]:
+            if not spare(round):
+                self.path(round).unlink()

@@ -1,0 +1,26 @@
+"""Files mapped into memory: read by the page cache, never copied, never counted as our own."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+
+def map_file(path: Path, offset: int = 0, size: int | None = None) -> memoryview:
+    """A read-only view of ``size`` bytes of a file from ``offset``; it keeps its mapping alive.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+        ValueError: it is shorter than that, or empty.
+    """
+    with path.open("rb") as file:
+        length = file.seek(0, 2)
+        if size is None:
+            size = length - offset
+        if size <= 0 or offset + size > length:
+            raise ValueError(f"{length} bytes long, {offset + size} wanted")
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        mapping = mmap.mmap(
+            file.fileno(), size + offset - start, access=mmap.ACCESS_READ, offset=start
+        )
+    return memoryview(mapping)[offset - start :]

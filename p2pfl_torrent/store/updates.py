@@ -1,0 +1,339 @@
+"""The updates of a swarm on disk: ``chunks.sqlite`` (WAL) and one file of chunk bytes per update.
+
+An update's chunks lie one after the other in ``<state>/updates/<update id>``, each a valid
+safetensors file at its offset. SQLite says what should be there; after a restart bytes are
+trusted only when their hashes match again, so a kill at any instant costs nothing verified.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.chunking import Layout
+from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.manifest import Manifest, UpdateId
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.store.errors import StoreError
+from p2pfl_torrent.store.mapped import map_file
+
+SCHEMA_VERSION = 1
+MAX_OPEN_FILES = 64  # updates that are written or served at a time; the rest reopens in 20 us
+_SCHEMA = """
+CREATE TABLE swarm (id BLOB PRIMARY KEY) STRICT;
+CREATE TABLE manifests (id BLOB PRIMARY KEY, round INTEGER NOT NULL, owner TEXT NOT NULL,
+                        encoded BLOB NOT NULL) STRICT;
+CREATE TABLE chunks (manifest BLOB NOT NULL REFERENCES manifests ON DELETE CASCADE,
+                     chunk INTEGER NOT NULL, size INTEGER NOT NULL, source TEXT NOT NULL,
+                     PRIMARY KEY (manifest, chunk)) STRICT;
+CREATE TABLE counted (manifest BLOB PRIMARY KEY, round INTEGER NOT NULL) STRICT;
+CREATE TABLE rounds (round INTEGER PRIMARY KEY, closed_by TEXT NOT NULL, model_hash BLOB NOT NULL,
+                     report BLOB NOT NULL) STRICT;
+"""
+
+Decode = Callable[[bytes], Manifest]
+"""Checks a stored manifest's bytes again; RemoteProtocolError if they do not hold."""
+
+
+class Store:
+    """A peer's updates and finished rounds; one process at a time, one thread at a time.
+
+    Args:
+        keep_rounds: rounds whose updates are kept for others to fetch.
+        fill_max_age: rounds for which an owner's last received chunk may fill a missing one.
+
+    Raises:
+        StoreError: another process uses the directory, or it is another swarm's.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        layout: Layout,
+        *,
+        swarm: bytes,
+        keep_rounds: int,
+        fill_max_age: int,
+        decode: Decode,
+    ) -> None:
+        self.layout = layout
+        self._dir = state_dir
+        self._updates_dir = state_dir / "updates"
+        self._updates_dir.mkdir(parents=True, exist_ok=True)
+        self._keep_rounds = max(1, keep_rounds)
+        self._fill_max_age = fill_max_age
+        self._lock = _lock(state_dir)
+        self._manifests: dict[UpdateId, Manifest] = {}
+        self._offsets: dict[UpdateId, list[int]] = {}
+        self._complete: dict[UpdateId, Bitfield] = {}
+        self._files: OrderedDict[UpdateId, IO[bytes]] = OrderedDict()
+        try:
+            self._db = _open_database(state_dir, swarm)
+            self._load(decode)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file; another process may use the directory then."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._db.close()
+        self._lock.close()
+
+    def _load(self, decode: Decode) -> None:
+        rows = self._db.execute(
+            "SELECT id, encoded FROM manifests ORDER BY round, owner"
+        ).fetchall()
+        for identity, encoded in rows:
+            try:
+                manifest = decode(encoded)
+            except RemoteProtocolError:  # a damaged row: fetched again like anything unknown
+                self._db.execute("DELETE FROM manifests WHERE id = ?", (identity,))
+                continue
+            self._know(manifest)
+            for (chunk,) in self._db.execute(
+                "SELECT chunk FROM chunks WHERE manifest = ?", (identity,)
+            ):
+                self._complete[manifest.update].add(chunk)
+        self._db.commit()
+        for path in self._updates_dir.iterdir():
+            if path.name not in {update.hex() for update in self._manifests}:
+                path.unlink()
+
+    def _know(self, manifest: Manifest) -> None:
+        sizes = [entry.size for entry in manifest.entries]
+        self._manifests[manifest.update] = manifest
+        self._offsets[manifest.update] = [0, *accumulate(sizes)]
+        self._complete[manifest.update] = Bitfield(len(sizes))
+
+    # --- manifests ---------------------------------------------------------------------------
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Remember a manifest durably; must be called before anything else about the update."""
+        if manifest.update in self._manifests:
+            return
+        with self._db:
+            self._db.execute(
+                "INSERT INTO manifests VALUES (?, ?, ?, ?)",
+                (manifest.update, manifest.round, manifest.owner, manifest.encode()),
+            )
+        self._know(manifest)
+
+    def manifests(self) -> list[Manifest]:
+        """Every manifest kept, oldest round first."""
+        return sorted(self._manifests.values(), key=lambda m: (m.round, m.owner))
+
+    # --- chunk bytes -------------------------------------------------------------------------
+
+    def write(
+        self, update: UpdateId, chunk: int, offset: int, data: bytes | bytearray | memoryview
+    ) -> None:
+        """Write verified bytes at an offset inside a chunk's file."""
+        place = self._offsets[update][chunk] + offset
+        view = memoryview(data)
+        descriptor = self._file(update).fileno()
+        while view:
+            written = os.pwrite(descriptor, view, place)
+            view, place = view[written:], place + written
+
+    def read(self, update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
+        """Bytes of a chunk's file.
+
+        Raises:
+            StoreError: the file is shorter than it should be.
+        """
+        place = self._offsets[update][chunk] + offset
+        data = os.pread(self._file(update).fileno(), size, place)
+        if len(data) != size:
+            raise StoreError(
+                f"{self._path(update)} has lost bytes: delete it and start the peer again; "
+                "what is missing is fetched anew."
+            )
+        return data
+
+    def chunk(self, update: UpdateId, chunk: int) -> memoryview:
+        """A complete chunk's file, read-only, mapped rather than read."""
+        offset = self._offsets[update][chunk]
+        size = self._manifests[update].entries[chunk].size
+        try:
+            return map_file(self._path(update), offset, size)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{self._path(update)} cannot be read ({error}): delete it and start again."
+            ) from error
+
+    def verified_blocks(self, update: UpdateId, chunk: int) -> Bitfield:
+        """Blocks of a chunk that are here and match their hashes (re-hashed, so: not cheap)."""
+        entry = self._manifests[update].entries[chunk]
+        found = Bitfield(entry.num_blocks)
+        if not self._path(update).exists():
+            return found
+        descriptor = self._file(update).fileno()
+        step = self.layout.block_size
+        for block in range(entry.num_blocks):
+            size = min(step, entry.size - block * step)
+            data = os.pread(descriptor, size, self._offsets[update][chunk] + block * step)
+            if hashlib.sha256(data).digest() == entry.block_hash(block):
+                found.add(block)
+        return found
+
+    def complete_chunk(self, update: UpdateId, chunk: int, source: PeerId) -> None:
+        """Record that every block of a chunk is here and verified."""
+        size = self._manifests[update].entries[chunk].size
+        # Not committed one by one: a restart hashes what is there anyway.
+        self._db.execute(
+            "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?)", (update, chunk, size, source)
+        )
+        complete = self._complete[update]
+        complete.add(chunk)
+        if complete.complete:
+            self._db.commit()
+
+    def _path(self, update: UpdateId) -> Path:
+        return self._updates_dir / update.hex()
+
+    def _file(self, update: UpdateId) -> IO[bytes]:
+        file = self._files.get(update)
+        if file is None:
+            descriptor = os.open(self._path(update), os.O_RDWR | os.O_CREAT, 0o644)
+            file = self._files[update] = os.fdopen(descriptor, "r+b", buffering=0)
+            if len(self._files) > MAX_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(update)
+        return file
+
+    # --- rounds ------------------------------------------------------------------------------
+
+    def counted(self) -> dict[UpdateId, int]:
+        """Updates that went into an aggregate, and into which round's."""
+        return dict(self._db.execute("SELECT manifest, round FROM counted").fetchall())
+
+    def finish_round(
+        self,
+        round: int,
+        closed_by: str,
+        model_hash: bytes,
+        report: bytes,
+        counted: Iterable[UpdateId],
+    ) -> None:
+        """Record a round whose checkpoint is written: it will not be done again."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?)",
+                (round, closed_by, model_hash, report),
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO counted VALUES (?, ?)",
+                [(update, round) for update in counted],
+            )
+
+    def last_round(self) -> tuple[int, bytes] | None:
+        """(round, model hash) of the last finished round."""
+        row: tuple[int, bytes] | None = self._db.execute(
+            "SELECT round, model_hash FROM rounds ORDER BY round DESC LIMIT 1"
+        ).fetchone()
+        return row
+
+    def prune(self, round: int) -> list[UpdateId]:
+        """Forget updates too old to serve or to fill with, now that ``round`` begins."""
+        newest: dict[tuple[PeerId, int], int] = {}
+        for update, manifest in self._manifests.items():
+            for chunk in self._complete[update]:
+                key = (manifest.owner, chunk)
+                newest[key] = max(newest.get(key, 0), manifest.round)
+        forgotten = [
+            update
+            for update, manifest in self._manifests.items()
+            if manifest.round <= round - self._keep_rounds
+            and not self._fills(update, round, newest)
+        ]
+        with self._db:
+            for update in forgotten:
+                self._db.execute("DELETE FROM manifests WHERE id = ?", (update,))
+                self._db.execute("DELETE FROM counted WHERE manifest = ?", (update,))
+        for update in forgotten:
+            file = self._files.pop(update, None)
+            if file is not None:
+                file.close()
+            self._path(update).unlink(missing_ok=True)
+            del self._manifests[update], self._offsets[update], self._complete[update]
+        return forgotten
+
+    def _fills(self, update: UpdateId, round: int, newest: dict[tuple[PeerId, int], int]) -> bool:
+        """Whether an old update still holds the last received version of one of its chunks."""
+        manifest = self._manifests[update]
+        if round - manifest.round > self._fill_max_age:
+            return False
+        return any(
+            newest[manifest.owner, chunk] == manifest.round for chunk in self._complete[update]
+        )
+
+
+def _lock(state_dir: Path) -> IO[bytes]:
+    file = (state_dir / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StoreError(
+            f"{state_dir} is in use by another peer: stop it, or give this one its own "
+            "storage.state_dir."
+        ) from None
+    return file
+
+
+def _open_database(state_dir: Path, swarm: bytes) -> sqlite3.Connection:
+    path = state_dir / "chunks.sqlite"
+    db = sqlite3.connect(path, check_same_thread=False)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA foreign_keys = ON")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            with db:
+                db.execute("INSERT INTO swarm VALUES (?)", (swarm,))
+        elif version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} was written by another version of this library: give this peer a new "
+                "storage.state_dir."
+            )
+        row = db.execute("SELECT id FROM swarm").fetchone()
+        if row is None or row[0] != swarm:
+            raise StoreError(
+                f"{state_dir} holds the state of another swarm or an earlier run: give this peer a "
+                "new storage.state_dir, or delete that one."
+            )
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise StoreError(
+            f"{path} is damaged ({error}): delete {state_dir} except identity.key, and the peer "
+            "takes the current model from its neighbours."
+        ) from error
+    except BaseException:
+        db.close()
+        raise
+    return db
