@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import networkx as nx
@@ -17,7 +18,9 @@ from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.genesis import TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
 
-MESH_WINDOW = 8  # places on a hash ring searched for the last edges: enough to find one nearly always
+MESH_WINDOW = (
+    8  # places on a hash ring searched for the last edges: enough to find one nearly always
+)
 
 Neighbours = dict[PeerId, frozenset[PeerId]]
 
@@ -118,6 +121,8 @@ def _tree(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Ed
     member is replaced from below along one path; the depth stays near log(n).
     """
     arity = terms.arity
+    if arity == 1:
+        return list(itertools.pairwise(roster))
     edges: list[_Edge] = []
     places: dict[tuple[int, ...], PeerId] = {}
     for peer in roster:
@@ -187,7 +192,7 @@ def _connect(graph: nx.Graph, rank: Callable[[PeerId], bytes]) -> None:
         (sorted(part, key=rank) for part in nx.connected_components(graph)),
         key=lambda part: rank(part[0]),
     )
-    for part, following in zip(parts, parts[1:]):  # noqa: B905 - the last has nobody to follow
+    for part, following in itertools.pairwise(parts):
         a = min(part, key=lambda peer: (graph.degree[peer], rank(peer)))
         b = min(following, key=lambda peer: (graph.degree[peer], rank(peer)))
         graph.add_edge(a, b)
