@@ -86,11 +86,12 @@ class Membership:
         self._round = 0
         self._standing: dict[PeerId, str] = {}
         self._announced: set[PeerId] = set()
+        self._called: dict[PeerId, float] = {}  # to confirm a suspicion, and silent since then
         self._roster: tuple[Member, ...] = ()
         self._roster_is_old = False
         self._last_tick = now
         self._accused = False
-        self._was_frozen = False
+        self._out_at = float("-inf")
         self._refuted_at = float("-inf")
         self._effects: list[MembershipEffect] = []
         self._own = MemberRecord(VERSION, swarm, local, 1, JOINING, 0, tuple(addrs))
@@ -222,6 +223,8 @@ class Membership:
                 self._look(peer)
         for subject in sorted(self._verdicts.cases):
             self._advance(subject, self._verdicts.cases[subject], now)
+        if self._verdicts.out_of_contact():
+            self._out_at = now
         if self._accused:
             self._refute(now)
         if self._encounters.due(now, started=self._round > 0):
@@ -266,23 +269,25 @@ class Membership:
         steps_back = (
             self._own.status == ACTIVE
             and self._verdicts.enough_witnesses(self.local)
-            and (self._was_frozen or self._verdicts.out_of_contact())
+            and now <= self._out_at + self.policy.longest
         )
         self._say(joined_round=self._round + 1 if steps_back else None)
-        self._was_frozen = False
         self._refuted_at = now
         self._tell_some(self.record())
 
     # --- others' statements --------------------------------------------------------------------
 
     def _take(self, news: News, sender: PeerId, now: float) -> None:
-        for peer in news.records:
+        for peer, is_new in news.records.items():
             if peer == self.local:  # said in an earlier life, or by a second process with our key
                 self._say()
                 continue
             case = self._verdicts.renewed(peer)
             unheard = case is not None and case.mine and not self._heard_since(peer, case.opened)
             self._liveness.renewed(peer, now, unheard=unheard)
+            if is_new and self._verdicts.enough_witnesses(peer):
+                # Decided before we came: those who could refute it had their time.
+                self._verdicts.condemn(peer)
             self._reconsider(peer)
         if self._own.status == LEFT:
             return
@@ -295,18 +300,12 @@ class Membership:
                     self._accused = True
                     self._sync(sender)
             elif self._verdicts.is_here(subject):
-                self._open_case(subject, now, is_new=news.records.get(subject, False))
+                case = self._verdicts.cases.setdefault(subject, Case(opened=now))
+                if self._should_look(subject, case):
+                    self._look(subject)
             self._reconsider(subject)
         if self._accused:
             self._refute(now)
-
-    def _open_case(self, subject: PeerId, now: float, *, is_new: bool) -> None:
-        case = self._verdicts.cases.setdefault(subject, Case(opened=now))
-        if is_new and self._verdicts.enough_witnesses(subject):
-            # Decided before we came: those who could refute it had their time.
-            self._verdicts.condemn(subject)
-        elif self._should_look(subject, case):
-            self._look(subject)
 
     # --- suspicion and verdict -----------------------------------------------------------------
 
@@ -330,6 +329,7 @@ class Membership:
             if now >= case.opened + (case.asked + 1) * self.policy.confirm_retry:
                 case.asked += 1
                 if case.mine:
+                    self._question_the_silent(subject, case)
                     self._call_confirmers(subject, case)
                 elif self._should_look(subject, case):
                     self._look(subject)
@@ -354,6 +354,13 @@ class Membership:
                 self._sync(peer, news)
         self._tell_some(news, but={subject, *called})
 
+    def _question_the_silent(self, subject: PeerId, case: Case) -> None:
+        """Those who were called and have not been heard since may be gone themselves."""
+        for peer in self._verdicts.confirmers(subject, case)[: NUM_CONFIRMERS * case.asked]:
+            if peer != self.local and not self._heard_since(peer, case.opened):
+                self._called[peer] = case.opened
+                self._look(peer)
+
     def _should_look(self, subject: PeerId, case: Case) -> bool:
         if self._own.status != ACTIVE or case.mine:
             return False
@@ -372,6 +379,9 @@ class Membership:
             return False
         if self._liveness.is_gone(peer, now):
             return True
+        called_at = self._called.pop(peer, None)
+        if called_at is not None and not self._heard_since(peer, called_at):
+            return True
         case = self._verdicts.cases.get(peer)
         if case is None or self._heard_since(peer, case.opened):
             return False
@@ -389,7 +399,8 @@ class Membership:
             return
         self._liveness.slept(gap, now)
         self._verdicts.slept(gap)
-        self._was_frozen = self._was_frozen or gap >= self.policy.suspect_after
+        if gap >= self.policy.suspect_after:
+            self._out_at = now
         self._encounters.hurry(now)
 
     # --- spreading -----------------------------------------------------------------------------

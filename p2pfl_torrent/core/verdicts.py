@@ -109,6 +109,8 @@ class Verdicts:
 
     def out_of_contact(self) -> bool:
         """Whether most members are lost to the local peer, so that rather it was away than they."""
+        if not self._dead and not self.cases:
+            return False
         members = [record for record in self._census if record.status == ACTIVE]
         lost = [
             record
