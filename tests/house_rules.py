@@ -59,7 +59,7 @@ def room(rooms: str = "", packages: str = "", *, pure: bool = False) -> Room:
 
 
 TRIO = "trio outcome exceptiongroup"
-BELOW_PEER = "config core exchange learning overlay protocols statistics store"
+BELOW_PEER = "config core exchange learning overlay protocols runlog statistics store"
 
 ROOMS = {
     "core": room(packages="numpy networkx safetensors msgspec", pure=True),
@@ -73,10 +73,15 @@ ROOMS = {
     "learning": room("core", "torch torchvision numpy safetensors msgspec sklearn"),
     "config": room("core", "yaml msgspec"),
     "statistics": room("core", "msgspec"),
-    "peer": room(BELOW_PEER, f"{TRIO} numpy msgspec"),
+    "runlog": room("core", "msgspec"),
+    "runlog": room("core statistics", "msgspec"),
+    "peer": room(BELOW_PEER, f"{TRIO} multiaddr numpy msgspec"),
     "progress": room("peer statistics", "rich"),
     "simulation": room("core config statistics", "numpy networkx msgspec"),
-    "cli": room("config peer progress simulation statistics __init__", f"{TRIO} rich msgspec"),
+    "cli": room(
+        "config core learning peer progress runlog simulation statistics __init__",
+        f"{TRIO} rich msgspec numpy yaml",
+    ),  # a user like any other: it trains with learning's models, which load when a command needs them
     "__init__": room("config core peer statistics"),
     "__main__": room("cli"),
 }
