@@ -73,7 +73,6 @@ ROOMS = {
     "learning": room("core", "torch torchvision numpy safetensors msgspec sklearn"),
     "config": room("core", "yaml msgspec"),
     "statistics": room("core", "msgspec"),
-    "runlog": room("core", "msgspec"),
     "runlog": room("core statistics", "msgspec"),
     "peer": room(BELOW_PEER, f"{TRIO} multiaddr numpy msgspec"),
     "progress": room("peer statistics", "rich"),
@@ -81,7 +80,7 @@ ROOMS = {
     "cli": room(
         "config core learning peer progress runlog simulation statistics __init__",
         f"{TRIO} rich msgspec numpy yaml",
-    ),  # a user like any other: it trains with learning's models, which load when a command needs them
+    ),  # a user like any other: it trains with learning's models
     "__init__": room("config core peer statistics"),
     "__main__": room("cli"),
 }
