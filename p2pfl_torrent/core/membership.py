@@ -88,6 +88,7 @@ class Membership:
         self._announced: set[PeerId] = set()
         self._called: dict[PeerId, float] = {}  # to confirm a suspicion, and silent since then
         self._roster: tuple[Member, ...] = ()
+        self._told_roster = self._roster
         self._roster_is_old = False
         self._last_tick = now
         self._accused = False
@@ -456,9 +457,10 @@ class Membership:
         self._effects.append(Changed(MemberChanged(peer, change, witnesses)))
 
     def _done(self) -> list[MembershipEffect]:
-        if self._roster_is_old:
-            before = self._roster
-            if self.roster() != before:
+        roster = self.roster()
+        if roster is not self._told_roster:
+            if roster != self._told_roster:
                 self._effects.append(RosterChanged())
+            self._told_roster = roster
         effects, self._effects = self._effects, []
         return effects

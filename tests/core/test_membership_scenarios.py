@@ -173,3 +173,17 @@ def test_fifty_members_hold_together_while_ten_die() -> None:
     for who in names[:10]:
         network.kill(who)
     assert network.run(30, until=lambda: network.agree_on(names[10:])) < 20
+
+
+def test_every_new_roster_is_told_even_when_others_looked_at_it_before() -> None:
+    """The hub has to draw edges to those that return, though it told them news in the same turn."""
+    network = joined("abcdefg", star, seed=97)
+    for who in "ag":
+        network.kill(who)
+    network.run(20)
+    network.cut("de", "bcf")
+    network.run(20)
+    network.heal()
+    network.run(30, until=lambda: network.agree_on("bcdef"))
+    network.run(1)
+    assert sorted(network.nodes[PeerId("f")].neighbours) == ["b", "c", "d", "e"]
