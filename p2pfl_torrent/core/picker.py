@@ -38,6 +38,8 @@ class PickerPolicy:
     """Local settings.
 
     Attributes:
+        selection: "rarest_first" (turning to importance x age by the pressure), "importance"
+            (that alone) or "random".
         active_requests: open requests per holder (the seed's active pool).
         pending_chunks: chunks begun at once (the seed's pending pool).
         endgame_holders: holders asked for the same blocks when one of them is overdue.
@@ -53,6 +55,7 @@ class PickerPolicy:
         overdue: times its expected time after which the endgame asks another holder too.
     """
 
+    selection: str = "rarest_first"
     active_requests: int = 10
     pending_chunks: int = 20
     endgame_holders: int = 2
@@ -287,7 +290,9 @@ class Picker:
         update, chunk = key
         known = self._updates[update]
         rarity = 1.0 / max(1, known.holders[chunk])
-        p = self._pressure
+        if self._policy.selection == "random":
+            return self._rng.random()
+        p = 1.0 if self._policy.selection == "importance" else self._pressure
         noise = self._policy.noise * self._rng.random()
         return p * known.merit[chunk] + (1.0 - p) * rarity + noise
 

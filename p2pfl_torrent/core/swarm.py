@@ -381,6 +381,7 @@ class Swarm:
     # --- time --------------------------------------------------------------------------------
 
     def _tick(self, stimulus: ev.Tick, now: float) -> list[Effect]:
+        self.picker.set_pressure(self._predicted_miss(now))
         expired = self.fetching.expire(now)
         effects = expired + self.fetching.ask(now)
         if self._changed and now - self._announced_at >= self._policy.announce_interval:
@@ -455,6 +456,17 @@ class Swarm:
         rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
         more = min(state.obtainable_bytes, rate * self.clock.extension())
         return state.verified + more >= wanted * state.announced
+
+    def _predicted_miss(self, now: float) -> float:
+        """Share of what is missing that will not come by the deadline at the measured rates."""
+        if self.clock is None or self.clock.deadline is None:
+            return 0.0
+        state = self.standing()
+        missing = state.announced - state.verified
+        rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
+        if missing <= 0 or rate <= 0.0:
+            return 0.0
+        return 1.0 - min(1.0, rate * max(0.0, self.clock.deadline - now) / missing)
 
     def _deadline_set(self, change: DeadlineChange, now: float) -> Effect:
         return Emit(DeadlineSet(self.round, change.deadline - now, change.why))

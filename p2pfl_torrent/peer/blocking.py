@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 from p2pfl_torrent.config import PeerConfig
@@ -13,11 +13,9 @@ from p2pfl_torrent.peer.node import Node, open_node
 
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
-
-if TYPE_CHECKING:
-    from torch import nn, optim
 
 T = TypeVar("T")
 
@@ -35,7 +33,7 @@ class Peer:
 
     Args:
         config: this peer's configuration.
-        model: any ``nn.Module``; its ``state_dict`` is what is exchanged, as
+        model: any ``torch.nn.Module``; its ``state_dict`` is what is exchanged, as
             ``chunk.include``, ``exclude`` and ``norm_policy`` say.
         evaluate: scores the model before and after each merge, for the report.
         optimizer: needed for ``federate.on_merge: reset``.
@@ -48,10 +46,10 @@ class Peer:
     def __init__(
         self,
         config: PeerConfig,
-        model: nn.Module,
+        model: Module,
         *,
         evaluate: Evaluate | None = None,
-        optimizer: optim.Optimizer | None = None,
+        optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
     ) -> None:
         self._model = LocalModel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from p2pfl_torrent.config import PeerConfig
 
@@ -12,12 +12,9 @@ from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.reports import RoundReport
 from p2pfl_torrent.core.tensors import Array, Arrays
 from p2pfl_torrent.learning.norms import recalibrate
-from p2pfl_torrent.learning.state import describe, load_arrays, snapshot, to_arrays
+from p2pfl_torrent.learning.state import Module, Optimizer, describe, load_arrays, snapshot, to_arrays
 
-if TYPE_CHECKING:
-    from torch import nn, optim
-
-Evaluate = Callable[["nn.Module"], Mapping[str, float]]
+Evaluate = Callable[[Module], Mapping[str, float]]
 """Scores a model; the keys ``loss`` and ``accuracy`` are shown before and after merging."""
 
 
@@ -37,10 +34,10 @@ class LocalModel:
     def __init__(
         self,
         config: PeerConfig,
-        model: nn.Module,
+        model: Module,
         *,
         evaluate: Evaluate | None,
-        optimizer: optim.Optimizer | None,
+        optimizer: Optimizer | None,
         calibration: Iterable[Any] | None,
     ) -> None:
         if config.federate.on_merge == "reset" and optimizer is None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 import trio
-from p2pfl_torrent.core.importance import ImportanceScorer
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import aggregate
-from p2pfl_torrent.core.chunking import Layout, encode_chunk
+from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, slice_of
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
@@ -22,7 +21,11 @@ from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, bfloat16_to_
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.peer.feed import EventFeed
+from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
+
+
+KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
 
 
 class UpdateError(P2PFLError):
@@ -57,6 +60,7 @@ class Rounds:
         catch_up: CatchUp,
         scorer: ImportanceScorer,
         feed: EventFeed,
+        enabled: bool,
     ) -> None:
         self.round = 0
         self.base_hash = bytes.fromhex(genesis.initial_hash)
@@ -72,18 +76,20 @@ class Rounds:
         self._catch_up = catch_up
         self._scorer = scorer
         self._feed = feed
+        self._enabled = enabled
 
     # --- beginning ---------------------------------------------------------------------------
 
     def begin(self, round: int, arrays: Arrays, base_hash: bytes, *, caught_up: bool) -> None:
-        """A round's start weights are known: keep them, and let the machine begin the round."""
-        if self._checkpoints.hash_of(round - 1) != base_hash:
-            self._checkpoints.save(round - 1, arrays, base_hash)
-        self._resume(round, base_hash, caught_up=caught_up)
+        """A round's start weights were taken over: keep them, and begin the round."""
+        self._checkpoints.save(round - 1, arrays)
+        self.resume(round, base_hash, caught_up=caught_up)
 
-    def _resume(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
+    def resume(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
+        """Begin a round whose start weights are in the checkpoint of the round before."""
         self.round, self.base_hash, self.phase = round, base_hash, "training"
         forgotten = tuple(self._store.prune(round))
+        self._checkpoints.prune(KEPT_CHECKPOINTS)
         self._exchange.round_begun(ev.RoundBegun(round, forgotten, caught_up))
         members = len(self._exchange.swarm.live)
         self._feed.emit(RoundStarted(round, base_hash.hex(), members))
@@ -109,7 +115,7 @@ class Rounds:
             )
         await trio.to_thread.run_sync(_check_finite, self._layout, arrays)
         if self._exchange.swarm.solo:
-            return Merged(None, self._solo(metrics, began))
+            return self._solo(arrays, metrics, began)
         swarm = self._exchange.swarm
         before = (swarm.fetching.bytes_duplicate, swarm.serving.bytes_uploaded)
         manifest = self._own_manifest() or await self._publish(arrays, num_samples)
@@ -144,7 +150,8 @@ class Rounds:
             return sizes, hashes
 
         sizes, hashes = await trio.to_thread.run_sync(describe)
-        ranks = await trio.to_thread.run_sync(self._scorer.ranks, layout, arrays)
+        last = self._last_delivered()
+        ranks = await trio.to_thread.run_sync(self._scorer.ranks, layout, arrays, last)
         manifest = make_manifest(
             layout=layout,
             swarm=self._swarm_id,
@@ -163,6 +170,19 @@ class Rounds:
             self._store.write(manifest.update, index, 0, data)
             self._store.complete_chunk(manifest.update, index, self._local)
         return manifest
+
+    def _last_delivered(self) -> LastDelivered:
+        """Our update of the round before, or the round's start weights where there is none."""
+        layout = self._layout
+        known = self._exchange.swarm.ledger.update_of(self._local, self.round - 1)
+        if known is not None and known.held.complete:
+            update = known.manifest.update
+            return lambda chunk: decode_chunk(layout, chunk, self._store.chunk(update, chunk))
+        start = self._checkpoints.load(self.round - 1)
+        tensors = layout.spec.tensors
+        return lambda chunk: [
+            slice_of(start[tensors[part.tensor].name], part) for part in layout.chunks[chunk].slices
+        ]
 
     async def _merge(
         self,
@@ -205,7 +225,7 @@ class Rounds:
             below_min_completion=close.below_min_completion,
             metrics=dict(metrics),
         )
-        self._checkpoints.save(self.round, out, new_hash)
+        self._checkpoints.save(self.round, out)
         self._store.finish_round(
             self.round,
             close.closed_by,
@@ -213,8 +233,7 @@ class Rounds:
             msgspec.json.encode(report),
             [count.manifest.update for count in close.counts],
         )
-        self._scorer.delivered(self._layout, out)
-        self._resume(self.round + 1, new_hash, caught_up=False)
+        self.resume(self.round + 1, new_hash, caught_up=False)
         return Merged(out, report)
 
     async def _missed(
@@ -248,9 +267,17 @@ class Rounds:
         )
         return Merged(taken.arrays, report)
 
-    def _solo(self, metrics: Mapping[str, float], began: float) -> RoundReport:
-        return RoundReport(
-            round=self.round,
+    def _solo(self, arrays: Arrays, metrics: Mapping[str, float], began: float) -> Merged:
+        """Too few members: nothing is merged, and the round number stays.
+
+        Where there is no exchange at all (``bittorrent.enable: false``) the round is done.
+        """
+        round, base_hash = self.round, self.base_hash
+        if not self._enabled:
+            base_hash = model_hash(self._layout.spec, arrays)
+            self.begin(round + 1, arrays, base_hash, caught_up=False)
+        report = RoundReport(
+            round=round,
             next_round=self.round,
             closed_by="solo",
             members=len(self._exchange.swarm.live),
@@ -262,9 +289,10 @@ class Rounds:
             seconds=trio.current_time() - began,
             exchange_seconds=0.0,
             aggregate_seconds=0.0,
-            model_hash=self.base_hash.hex(),
+            model_hash=base_hash.hex(),
             metrics=dict(metrics),
         )
+        return Merged(None, report)
 
     def _agreement(self) -> float | None:
         """Share of the others' updates of this round that were trained from our start weights."""

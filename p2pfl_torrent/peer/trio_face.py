@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.peer.node import Node, open_node
 
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
-
-if TYPE_CHECKING:
-    from torch import nn, optim
 
 
 class AsyncPeer:
@@ -35,10 +33,10 @@ class AsyncPeer:
     def __init__(
         self,
         config: PeerConfig,
-        model: nn.Module,
+        model: Module,
         *,
         evaluate: Evaluate | None = None,
-        optimizer: optim.Optimizer | None = None,
+        optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
     ) -> None:
         self._model = LocalModel(

@@ -1,0 +1,52 @@
+"""A bootstrap-only node: a meeting place that is no member of any swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from p2pfl_torrent.overlay.bootstrap import Registry
+from p2pfl_torrent.overlay.host import open_host
+from p2pfl_torrent.overlay.identity import Identity, verify
+from p2pfl_torrent.overlay.stream import Stream
+from p2pfl_torrent.peer.adapters import StreamPort
+from p2pfl_torrent.protocols.members import PROTOCOL_ID, serve_members
+
+OnReady = Callable[[tuple[str, ...]], None]
+
+
+async def serve_bootstrap(
+    listen: Sequence[str],
+    state_dir: Path | None,
+    on_ready: OnReady,
+) -> None:
+    """Run until cancelled; ``on_ready`` is told the addresses to give to peers.
+
+    Args:
+        state_dir: where the identity is kept, so that the address stays the same; None: a new one.
+
+    Raises:
+        HostError, IdentityError: one sentence each.
+    """
+    identity = (
+        Identity.ephemeral()
+        if state_dir is None
+        else Identity.load_or_create(state_dir / "identity.key")
+    )
+    async with open_host(identity, listen) as host:
+        registry = Registry(verify, trio.current_time)
+
+        async def serve(stream: Stream) -> None:
+            await serve_members(StreamPort(stream), registry.answer)
+
+        host.set_handler(PROTOCOL_ID, serve)
+        on_ready(host.addrs)
+        await trio.sleep_forever()
+
+
+def run_bootstrap(listen: Sequence[str], state_dir: Path | None, on_ready: OnReady) -> None:
+    """Blocking form of ``serve_bootstrap``, until Ctrl-C."""
+    trio.run(partial(serve_bootstrap, listen, state_dir, on_ready))
