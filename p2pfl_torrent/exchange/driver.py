@@ -177,6 +177,11 @@ class Exchange:
         self._wanted = dict(neighbours)
         self._adjust()
 
+    @property
+    def wanted(self) -> Mapping[PeerId, Sequence[str]]:
+        """The neighbours that the topology gives us."""
+        return self._wanted
+
     def forget_peer(self, peer: PeerId) -> None:
         """A member is dead or has left: no edge to it is kept."""
         self._retiring.pop(peer, None)
@@ -232,7 +237,7 @@ class Exchange:
         except (EdgeClosedError, trio.TooSlowError):
             pass  # the retry follows; membership hears of it below
         except RemoteProtocolError as error:
-            self._blame(error.by(peer))
+            self.blame(error.by(peer))
         finally:
             if channel is not None:
                 with trio.CancelScope(shield=True):
@@ -294,7 +299,7 @@ class Exchange:
             except EdgeClosedError:
                 pass  # the caller's finally tells the machine
             except RemoteProtocolError as error:
-                self._blame(error.by(lane.channel.remote))
+                self.blame(error.by(lane.channel.remote))
             finally:
                 lane.scope.cancel()
 
@@ -339,7 +344,7 @@ class Exchange:
         except (EdgeClosedError, trio.TooSlowError):
             pass
         except RemoteProtocolError as error:
-            self._blame(error.by(peer))
+            self.blame(error.by(peer))
         finally:
             with trio.CancelScope(shield=True):
                 await channel.aclose()
@@ -419,7 +424,8 @@ class Exchange:
         edge.down.add(message, size, now)
         self._around.heard(edge.peer)
 
-    def _blame(self, error: RemoteProtocolError) -> None:
+    def blame(self, error: RemoteProtocolError) -> None:
+        """A peer broke some protocol: drop it here too."""
         self._apply(self.swarm.blame(error, None), trio.current_time())
 
     def _apply(self, effects: list[ev.Effect], now: float) -> None:

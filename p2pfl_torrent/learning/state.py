@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.tensors import (
@@ -24,6 +24,12 @@ from p2pfl_torrent.core.tensors import (
     check_arrays,
 )
 from p2pfl_torrent.learning.norms import NormPolicy, names_kept_home
+
+Module = nn.Module
+"""A model, named here so that the rooms above need not import torch."""
+
+Optimizer = optim.Optimizer
+"""An optimizer, likewise."""
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",

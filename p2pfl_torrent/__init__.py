@@ -1,0 +1,37 @@
+"""Federated learning without a server: updates spread as chunks, the way BitTorrent spreads a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.errors import ConfigError, GenesisMismatchError, P2PFLError
+from p2pfl_torrent.core.reports import OwnerReport, PeerEvent, PeerStatistics, RoundReport
+
+if TYPE_CHECKING:
+    from p2pfl_torrent.peer import AsyncPeer, Peer, PeerStoppedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncPeer",
+    "ConfigError",
+    "GenesisMismatchError",
+    "OwnerReport",
+    "P2PFLError",
+    "Peer",
+    "PeerConfig",
+    "PeerEvent",
+    "PeerStatistics",
+    "PeerStoppedError",
+    "RoundReport",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The peer brings torch and libp2p, seconds to import: only whoever uses it pays for it.
+    if name in ("AsyncPeer", "Peer", "PeerStoppedError"):
+        from p2pfl_torrent import peer
+
+        return getattr(peer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,564 @@
+"""One peer, wired: host, gossip, membership, store, exchange and rounds under one nursery."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import trio
+from exceptiongroup import BaseExceptionGroup
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.genesis import Genesis, decode_genesis
+from p2pfl_torrent.core.manifest import Manifest, decode_manifest, max_wire_bytes
+from p2pfl_torrent.core.membership import Membership
+from p2pfl_torrent.core.membership_effects import Member
+from p2pfl_torrent.core.messages import REFUSE_MEMBER, REFUSE_SWARM, Hello, Refuse
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.picker import PickerPolicy
+from p2pfl_torrent.core.reports import (
+    Joined,
+    Left,
+    MemberChanged,
+    PeerEvent,
+    PeerStatistics,
+    RoundFinished,
+    RoundReport,
+    TrainingProgress,
+)
+from p2pfl_torrent.core.swarm import Swarm, SwarmPolicy
+from p2pfl_torrent.core.tensors import Array, ModelSpec, model_hash
+from p2pfl_torrent.core.topology import neighbours
+from p2pfl_torrent.core.uploads import UploadPolicy
+from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
+from p2pfl_torrent.exchange.membership import MembershipDriver
+from p2pfl_torrent.exchange.ports import EdgeClosedError
+from p2pfl_torrent.overlay.gossip import Gossip, open_gossip
+from p2pfl_torrent.overlay.host import Host, open_host
+from p2pfl_torrent.overlay.identity import Identity, verify
+from p2pfl_torrent.overlay.stream import Stream
+from p2pfl_torrent.peer.adapters import HostDialer, StreamPort, open_stream
+from p2pfl_torrent.peer.catchup import CatchUp
+from p2pfl_torrent.peer.feed import EventFeed
+from p2pfl_torrent.peer.network import HostNetwork, JoinError, find_swarm, parse_bootstrap
+from p2pfl_torrent.peer.rounds import Merged, Rounds
+from p2pfl_torrent.peer.scoring import ImportanceScorer
+from p2pfl_torrent.peer.snapshot import take_statistics
+from p2pfl_torrent.protocols import chunk as chunk_protocol
+from p2pfl_torrent.protocols import members as members_protocol
+from p2pfl_torrent.protocols import state as state_protocol
+from p2pfl_torrent.store import Checkpoints, Store
+
+MAX_QUEUED_GOSSIP = 64  # publications waiting; more are dropped, the edges repair
+PAUSE = 0.2  # seconds between two looks at who is there while joining
+
+
+class Node:
+    """A peer's parts and the life they share; the faces (``Peer``, ``AsyncPeer``) drive it.
+
+    Args:
+        weights: the start weights this peer would begin a swarm with.
+    """
+
+    def __init__(self, config: PeerConfig, spec: ModelSpec, weights: dict[str, Array]) -> None:
+        self.config = config
+        self.feed = EventFeed()
+        self.peer_id = ""
+        self.addrs: tuple[str, ...] = ()
+        self.total_rounds = config.federate.total_round_num
+        self._spec = spec
+        self._weights: dict[str, Array] | None = weights
+        self._layout = config.plan_layout(spec)
+        self._terms = config.terms(spec, self._layout)
+        self._initial_hash = model_hash(spec, weights)
+        self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")
+        self._stack = ExitStack()
+        self._members: dict[PeerId, Member] = {}
+        self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes]](
+            MAX_QUEUED_GOSSIP
+        )
+        self._topics: dict[PeerId, str] = {}
+        self._topics_changed = trio.Event()
+
+    # --- starting ----------------------------------------------------------------------------
+
+    def open_identity(self) -> Identity:
+        """This peer's key, from its state directory or made for this run."""
+        if self.config.storage.state_dir:
+            self._dir = Path(self.config.storage.state_dir)
+            self._dir.mkdir(parents=True, exist_ok=True)
+        else:
+            temporary = tempfile.TemporaryDirectory(prefix="p2pfl-torrent-")
+            self._dir = Path(self._stack.enter_context(temporary))
+        self._identity = Identity.load_or_create(self._dir / "identity.key")
+        self.peer_id = self._identity.peer_id
+        return self._identity
+
+    async def start(self, nursery: trio.Nursery, host: Host, gossip: Gossip) -> None:
+        """Find the swarm, take its state, and return when a round may be trained."""
+        self._nursery, self._host, self._gossip = nursery, host, gossip
+        self.addrs = tuple(self.config.network.announce) or host.addrs
+        genesis, statements, via = await self._find_genesis()
+        self._open_parts(genesis)
+        self._serve()
+        nursery.start_soon(self._publish)
+        nursery.start_soon(self._follow_topics)
+        await nursery.start(self._exchange.run)
+        await nursery.start(self._run_members)
+        if via is not None:
+            self._driver.record_received(statements, via)
+        self.feed.emit(
+            Joined(genesis.swarm_id.hex(), PeerId(self.peer_id), 0, len(self._members) + 1)
+        )
+        self._restore()
+        if not self.config.bittorrent.enable:
+            self._begin_with_own_weights(genesis)
+        elif not await self._enter_running():
+            await self._begin_with_others(genesis)
+        self._weights = None  # the checkpoint holds them from here on
+
+    async def _find_genesis(self) -> tuple[Genesis, bytes, PeerId | None]:
+        proposed = self._kept_genesis() or Genesis(
+            self._terms, self.config.new_run_id(), self.peer_id, self._initial_hash.hex()
+        )
+        if not self.config.network.bootstrap or not self.config.bittorrent.enable:
+            return proposed, b"", None
+        welcomed = await find_swarm(
+            self._host,
+            self.config.network.bootstrap,
+            self._terms,
+            proposed,
+            self.config.topology.max_connection_attempts,
+        )
+        return welcomed.genesis, welcomed.statements, welcomed.via
+
+    def _kept_genesis(self) -> Genesis | None:
+        """The genesis of an earlier life in the same swarm, so that a restart finds itself."""
+        try:
+            genesis = decode_genesis((self._dir / "genesis.json").read_bytes())
+        except (OSError, RemoteProtocolError):
+            return None
+        return genesis if genesis.terms == self._terms else None
+
+    def _open_parts(self, genesis: Genesis) -> None:
+        config, local = self.config, PeerId(self.peer_id)
+        self._genesis, self._swarm_id = genesis, genesis.swarm_id
+        self._store = self._stack.enter_context(
+            Store(
+                self._dir,
+                self._layout,
+                swarm=self._swarm_id,
+                keep_rounds=config.storage.keep_rounds,
+                fill_max_age=config.bittorrent.fill_max_age,
+                decode=self._decode_own_store,
+            )
+        )
+        (self._dir / "genesis.json").write_bytes(genesis.encode())
+        self._checkpoints = Checkpoints(self._dir, self._spec)
+        torrent = config.bittorrent
+        policy = SwarmPolicy(
+            picker=PickerPolicy(
+                selection=torrent.chunk_selection,
+                active_requests=torrent.active_requests,
+                pending_chunks=torrent.pending_requests,
+                endgame_holders=torrent.endgame_holders,
+            ),
+            uploads=UploadPolicy(upload_slots=torrent.upload_slots),
+        )
+        swarm = Swarm(
+            local=local,
+            genesis=genesis,
+            layout=self._layout,
+            policy=policy,
+            verify=verify,
+            rng=self._rng,
+        )
+        self._max_control = max(4096, max_wire_bytes(self._layout))
+        dialer = HostDialer(self._host, self._max_control)
+        self._exchange = Exchange(swarm, self._store, dialer, self, self._rng)
+        self._prefix = f"/p2pfl-torrent/{self._swarm_id.hex()[:32]}"
+        machine = Membership(
+            local=local,
+            addrs=self.addrs[:16],
+            swarm=self._swarm_id,
+            seed=genesis.terms.seed,
+            sign=self._identity.sign,
+            verify=verify,
+            rng=self._rng,
+            now=trio.current_time(),
+            rendezvous=[
+                (peer, (address,)) for peer, address in parse_bootstrap(config.network.bootstrap)
+            ],
+        )
+        self._driver = MembershipDriver(
+            machine,
+            genesis,
+            HostNetwork(self._host, self._gossip, f"{self._prefix}/members"),
+            on_change=self._member_changed,
+            on_roster=self._roster_changed,
+            on_fault=self._fault,
+        )
+        catch_up = CatchUp(
+            self._spec, self._swarm_id, genesis.terms.rounds.quorum, self._open_state
+        )
+        self._catch_up = catch_up
+        self._rounds = Rounds(
+            local=local,
+            sign=self._identity.sign,
+            genesis=genesis,
+            layout=self._layout,
+            store=self._store,
+            checkpoints=self._checkpoints,
+            exchange=self._exchange,
+            catch_up=catch_up,
+            scorer=ImportanceScorer(config.chunk, self._rng),
+            feed=self.feed,
+            enabled=torrent.enable,
+        )
+
+    def _decode_own_store(self, data: bytes) -> Manifest:
+        return decode_manifest(
+            data,
+            layout=self._layout,
+            swarm=self._swarm_id,
+            verify=verify,
+            max_num_samples=self._terms.rounds.max_num_samples,
+        )
+
+    def _restore(self) -> None:
+        """Tell the machine what an earlier life of this peer left in the store."""
+        counted = self._store.counted()
+        for manifest in self._store.manifests():
+            blocks = {
+                chunk: self._store.verified_blocks(manifest.update, chunk)
+                for chunk in range(len(manifest.entries))
+            }
+            held = Bitfield(len(manifest.entries))
+            for chunk, verified in blocks.items():
+                if verified.complete:
+                    held.add(chunk)
+            counted_in = counted.get(manifest.update)
+            self._exchange.feed(ev.Restored(manifest, held, blocks, counted_in))
+
+    # --- entering the swarm ------------------------------------------------------------------
+
+    def _others(self) -> list[PeerId]:
+        """Members to ask, neighbours first."""
+        near = self._exchange.edges
+        others = [peer for peer in self._members if peer != self.peer_id]
+        return sorted(others, key=lambda peer: (peer not in near, peer))
+
+    async def _enter_running(self) -> bool:
+        """Resume, or take over the state of a swarm that has begun; False if it has not."""
+        claims = await self._catch_up.claims(self._others())
+        furthest = max((claim.round for claim in claims.values()), default=0)
+        last = self._store.last_round()
+        if last is not None and last[0] + 1 >= furthest:
+            self._driver.set_ready(last[0] + 1)
+            self._rounds.resume(last[0] + 1, last[1], caught_up=False)
+            return True
+        if furthest == 0:
+            return False
+        patience = self._terms.rounds.join_timeout
+        taken = await self._catch_up.take(self._others, 1, patience)
+        if taken is None:
+            raise JoinError(
+                f"The swarm is in round {furthest}, but no member gave its state within "
+                f"{patience:g} s; try again, or enter through another member."
+            )
+        self._driver.set_ready(taken.round + 1)
+        self._rounds.begin(taken.round, taken.arrays, taken.base_hash, caught_up=True)
+        return True
+
+    def _begin_with_own_weights(self, genesis: Genesis) -> None:
+        assert self._weights is not None
+        self._driver.set_ready(1)
+        self._rounds.begin(1, self._weights, self._initial_hash, caught_up=False)
+
+    async def _begin_with_others(self, genesis: Genesis) -> None:
+        """Wait for the first members, agree on the start weights, and begin round 1."""
+        rounds = self._terms.rounds
+        initial = bytes.fromhex(genesis.initial_hash)
+        with trio.move_on_after(rounds.join_timeout):
+            weights = await self._initial_weights(initial)
+            self._checkpoints.save(0, weights)
+            self._driver.set_ready(1)
+            while len(self._members) < rounds.client_num:
+                await trio.sleep(PAUSE)
+        if len(self._members) < min(rounds.min_members, rounds.client_num):
+            raise JoinError(
+                f"Only {len(self._members)} of {rounds.client_num} members came within "
+                f"{rounds.join_timeout:g} s (federate.join_timeout); start the others, or lower "
+                "federate.client_num on every peer."
+            )
+        with trio.move_on_after(self.config.topology.timeout):
+            await self._exchange.until(self._edges_open)
+        self._rounds.resume(1, initial, caught_up=False)
+
+    async def _initial_weights(self, initial: bytes) -> dict[str, Array]:
+        """Our own start weights where they are the swarm's, else some member's."""
+        if self._initial_hash == initial and self._weights is not None:
+            return self._weights
+        while True:
+            for peer in self._others() or self._driver.machine.joining():
+                arrays = await self._catch_up.fetch(peer, initial)
+                if arrays is not None:
+                    return arrays
+            await trio.sleep(PAUSE)
+
+    def _edges_open(self) -> bool:
+        edges = self._exchange.edges
+        return all(
+            peer in edges and edges[peer].ask is not None for peer in self._exchange.wanted
+        )
+
+    # --- the user's calls --------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """The round that is trained or exchanged now."""
+        return self._rounds.round
+
+    def start_weights(self) -> dict[str, Array]:
+        """The weights the current round starts from."""
+        return self._checkpoints.load(self._rounds.round - 1)
+
+    async def exchange(
+        self, arrays: dict[str, Array], num_samples: int, metrics: Mapping[str, float]
+    ) -> Merged:
+        """Share an update and merge; see ``Rounds.exchange``."""
+        merged = await self._rounds.exchange(arrays, num_samples, metrics, trio.current_time())
+        self._driver.round_changed(self._rounds.round)
+        if merged.report.late:
+            self._driver.set_ready(self._rounds.round)
+        return merged
+
+    def finished(self, report: RoundReport) -> None:
+        """The aggregate is in the user's model."""
+        self.feed.emit(RoundFinished(report))
+
+    def progress(self, done: int, total: int, loss: float | None) -> None:
+        """Training has got so far."""
+        self.feed.emit(TrainingProgress(self.round, done, total, loss))
+
+    def statistics(self) -> PeerStatistics:
+        """A snapshot."""
+        return take_statistics(
+            self._exchange,
+            swarm_id=self._swarm_id,
+            round=self._rounds.round,
+            total_rounds=self.total_rounds,
+            phase=self._rounds.phase,
+            topology=self._terms.topology.type,
+            members=tuple(self._members),
+            now=trio.current_time(),
+        )
+
+    # --- the end -----------------------------------------------------------------------------
+
+    async def finish(self) -> None:
+        """Serve the neighbours until they have what they need, then say goodbye."""
+        self._rounds.phase = "seeding"
+        if self._rounds.round > self.total_rounds:
+            with trio.move_on_after(self.config.bittorrent.linger):
+                await self._exchange.until(self._exchange.swarm.others_have_all)
+        await self._driver.leave()
+
+    def close(self, reason: str) -> None:
+        """Release the state directory and end the event stream."""
+        self._stack.close()
+        self.feed.emit(Left(reason))
+        self.feed.end()
+
+    # --- members and overlay -----------------------------------------------------------------
+
+    async def _run_members(self, task_status: TaskStatus) -> None:
+        await self._driver.run(task_status=task_status)
+
+    def _member_changed(self, event: MemberChanged) -> None:
+        self.feed.emit(event)
+        if event.change in ("dead", "left"):
+            self._exchange.forget_peer(event.member)
+
+    def _roster_changed(self, roster: tuple[Member, ...]) -> None:
+        """Who is here changed: tell the machine, and draw the overlay anew."""
+        self._members = {member.peer: member for member in roster}
+        machine = self._driver.machine
+        live = {member.peer: member.joined_round for member in roster}
+        self._exchange.feed(ev.MembersNow(live, machine.dead()))
+        local = PeerId(self.peer_id)
+        if local not in live:
+            return
+        overlay = neighbours(list(live), self._terms.topology, self._genesis.terms.seed)
+        near = {peer: self._members[peer].addrs for peer in overlay.get(local, ())}
+        self._exchange.set_neighbours(near)
+        self._driver.watch(near)
+        self._topics = {peer: f"{self._prefix}/have/{peer}" for peer in near}
+        self._topics_changed.set()
+
+    async def _follow_topics(self) -> None:
+        """Follow the manifests, the members, and the availability of the neighbours."""
+        await self._gossip.subscribe(f"{self._prefix}/manifests", self._manifest_gossiped)
+        await self._gossip.subscribe(f"{self._prefix}/members", self._members_gossiped)
+        followed: set[PeerId] = set()
+        while True:
+            wanted = dict(self._topics)
+            for peer in followed - wanted.keys():
+                await self._gossip.unsubscribe(f"{self._prefix}/have/{peer}")
+            for peer in wanted.keys() - followed:
+                await self._gossip.subscribe(wanted[peer], self._availability_gossiped)
+            followed = set(wanted)
+            await self._topics_changed.wait()
+            self._topics_changed = trio.Event()
+
+    def _manifest_gossiped(self, origin: str, data: bytes) -> None:
+        self._exchange.feed(ev.ManifestGossip(PeerId(origin), data))
+
+    def _members_gossiped(self, origin: str, data: bytes) -> None:
+        self._driver.gossip_received(data, PeerId(origin))
+
+    def _availability_gossiped(self, origin: str, data: bytes) -> None:
+        self._exchange.feed(ev.AvailabilityGossip(PeerId(origin), data))
+
+    async def _publish(self) -> None:
+        async for topic, data in self._gossip_queue:
+            await self._gossip.publish(topic, data)
+
+    def _queue_gossip(self, topic: str, data: bytes) -> None:
+        try:
+            self._to_gossip.send_nowait((topic, data))
+        except trio.WouldBlock:
+            pass  # what gossip would have told is pulled over the edges
+
+    # --- protocols ---------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        async def chunks(stream: Stream) -> None:
+            port = StreamPort(stream)
+            await self._exchange.serve(chunk_protocol.ChunkChannel(port, self._max_control))
+
+        async def members(stream: Stream) -> None:
+            try:
+                await members_protocol.serve_members(StreamPort(stream), self._driver.answer)
+            except RemoteProtocolError as error:
+                self._fault(PeerId(stream.remote), error.reason)
+
+        async def state(stream: Stream) -> None:
+            try:
+                await state_protocol.serve_state(StreamPort(stream), self._swarm_id, self)
+            except EdgeClosedError:
+                pass  # the asker is gone
+            except RemoteProtocolError as error:
+                self._fault(PeerId(stream.remote), error.reason)
+
+        self._host.set_handler(chunk_protocol.PROTOCOL_ID, chunks)
+        self._host.set_handler(members_protocol.PROTOCOL_ID, members)
+        self._host.set_handler(state_protocol.PROTOCOL_ID, state)
+
+    async def _open_state(self, peer: PeerId) -> StreamPort:
+        addrs = self._driver.machine.addrs(peer)
+        return await open_stream(self._host, peer, addrs, state_protocol.PROTOCOL_ID)
+
+    def current_state(self) -> tuple[int, bytes, int] | None:
+        """What the state protocol offers: round, start weights' hash, checkpoint bytes."""
+        round = self._rounds.round
+        path = self._checkpoints.path(max(0, round - 1))
+        if not path.exists():
+            return None
+        return round, self._rounds.base_hash, path.stat().st_size
+
+    def read_state(self, round: int, offset: int, size: int) -> bytes:
+        """Bytes of the checkpoint that a round starts from."""
+        with self._checkpoints.path(max(0, round - 1)).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    # --- what the exchange asks and tells ----------------------------------------------------
+
+    def hello(self, wanted: bool) -> Hello:
+        """Our Hello for a new chunk stream."""
+        return Hello(self._swarm_id, self._rounds.round, wanted, self._driver.machine.record())
+
+    def admit(self, peer: PeerId, hello: Hello) -> Refuse | None:
+        """Judge a neighbour's Hello."""
+        if hello.swarm != self._swarm_id:
+            return Refuse(REFUSE_SWARM, self._genesis.encode().decode())
+        if self.config.security.allow and peer not in self.config.security.allow:
+            return Refuse(REFUSE_MEMBER, "this peer exchanges with a list of peers only")
+        self._driver.record_received(hello.record, peer)
+        return None
+
+    def heard(self, peer: PeerId) -> None:
+        """Bytes came from a peer."""
+        self._driver.heard(peer)
+
+    def edge_lost(self, peer: PeerId) -> None:
+        """A stream to a peer broke."""
+        self._driver.edge_lost(peer)
+
+    def dropped(self, peer: PeerId, reason: str) -> None:
+        """A peer broke the protocol: close its connection."""
+        self._nursery.start_soon(self._host.disconnect, peer)
+
+    def _fault(self, peer: PeerId, reason: str) -> None:
+        self._exchange.blame(RemoteProtocolError(reason, peer))
+
+    def emit(self, event: PeerEvent) -> None:
+        """Tell the user."""
+        self.feed.emit(event)
+
+    def gossip_manifest(self, data: bytes) -> None:
+        """Publish on the manifest topic."""
+        self._queue_gossip(f"{self._prefix}/manifests", data)
+
+    def gossip_availability(self, data: bytes) -> None:
+        """Publish on our availability topic."""
+        self._queue_gossip(f"{self._prefix}/have/{self.peer_id}", data)
+
+
+@asynccontextmanager
+async def open_node(node: Node) -> AsyncIterator[Node]:
+    """Run a node: joined and ready to train inside the block, gone after it."""
+    failure: BaseException | None = None
+    reason = "finished"
+    try:
+        identity = node.open_identity()
+        listen: Sequence[str] = node.config.network.listen
+        async with open_host(identity, listen) as host, open_gossip(host) as gossip:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await node.start(nursery, host, gossip)
+                    yield node
+                    await node.finish()
+                except BaseException as error:  # noqa: BLE001 - raised again below, outside the
+                    failure = error  # nursery that would wrap it in a group
+                finally:
+                    nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+    except BaseExceptionGroup as group:
+        sole = _sole(group)
+        reason = str(sole) or type(sole).__name__
+        raise sole from None
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise
+    finally:
+        node.close(reason)
+
+
+def _sole(error: BaseException) -> BaseException:
+    """The one error behind nested groups of one; the group where there are several."""
+    while isinstance(error, BaseExceptionGroup):
+        others = [e for e in error.exceptions if not isinstance(e, trio.Cancelled)]
+        if len(others) != 1:
+            return error
+        error = others[0]
+    return error
