@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
-from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec, array_bytes
 
 MAX_CHUNKS = 1 << 16  # a chunk's index is 16 bits on the wire
@@ -75,6 +75,37 @@ class Layout:
         """Number of blocks in a chunk file of that many bytes."""
         return -(-file_bytes // self.block_size)
 
+    def head(self, index: int) -> tuple[bytes, tuple[TensorSlice, ...]]:
+        """A chunk file's bytes before its values, and its slices in the order of their values.
+
+        They are written here, not by the library: its low-level writer differs between versions,
+        has no bfloat16 for numpy, and an owner that restarts must produce the same hashes. The
+        order (widest type first, then name) is the library's, so every value is aligned.
+        """
+        if index not in self._heads:
+            self._heads[index] = self._make_head(index)
+        return self._heads[index]
+
+    @cached_property
+    def _heads(self) -> dict[int, tuple[bytes, tuple[TensorSlice, ...]]]:
+        return {}
+
+    def _make_head(self, index: int) -> tuple[bytes, tuple[TensorSlice, ...]]:
+        tensors = self.spec.tensors
+        named = {self.slice_name(part): part for part in self.chunks[index].slices}
+        order = sorted(named, key=lambda name: (-tensors[named[name].tensor].itemsize, name))
+        entries: dict[str, dict[str, object]] = {}
+        offset = 0
+        for name in order:
+            tensor, shape = tensors[named[name].tensor], self.slice_shape(named[name])
+            stop = offset + math.prod(shape) * tensor.itemsize
+            entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [offset, stop]}
+            offset = stop
+        encoded = msgspec.json.encode(entries)
+        encoded += b" " * (-len(encoded) % 8)
+        head = len(encoded).to_bytes(8, "little") + encoded
+        return head, tuple(named[name] for name in order)
+
     def slice_name(self, part: TensorSlice) -> str:
         """A slice's name inside its safetensors file: ``fc.weight`` or ``fc.weight[0:64]``."""
         tensor = self.spec.tensors[part.tensor]
@@ -94,6 +125,10 @@ def plan(spec: ModelSpec, *, num_chunks: int, block_size: int) -> Layout:
 
     Tensors keep their order. A tensor no larger than the target stays whole; a larger one is cut
     along its rows. Fewer chunks come out when the model has fewer rows than that.
+
+    Raises:
+        ConfigError: more chunks than can be addressed, or a tensor bears the name that a slice of
+            another one would have.
     """
     target = max(1, -(-spec.nbytes // num_chunks))
     chunks: list[ChunkLayout] = []
@@ -115,8 +150,17 @@ def plan(spec: ModelSpec, *, num_chunks: int, block_size: int) -> Layout:
         filled += nbytes
     close()
     if len(chunks) > MAX_CHUNKS:
-        raise ValueError(f"{len(chunks)} chunks, at most {MAX_CHUNKS} can be addressed")
-    return Layout(spec, tuple(chunks), block_size)
+        raise ConfigError(
+            f"The model would be cut into {len(chunks)} chunks, of which at most {MAX_CHUNKS} can "
+            "be addressed: choose a smaller chunk.num_chunks."
+        )
+    layout = Layout(spec, tuple(chunks), block_size)
+    for chunk in chunks:
+        names = [layout.slice_name(part) for part in chunk.slices]
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"Tensor {name!r} has the name of a slice of another: rename it.")
+    return layout
 
 
 def _pieces(spec: ModelSpec, target: int) -> Iterator[tuple[TensorSlice, int]]:
@@ -146,31 +190,18 @@ def encode_chunk(layout: Layout, index: int, arrays: Arrays) -> bytes:
 def encode_chunk_parts(layout: Layout, index: int, arrays: Arrays) -> Iterator[bytes | memoryview]:
     """The safetensors file of one chunk in parts: its header, then each slice without a copy.
 
-    The bytes are written here, not by the library: its low-level writer differs between versions,
-    has no bfloat16 for numpy, and an owner that restarts must produce the same hashes. The order
-    (widest type first, then name) is the library's, so every value is aligned.
+    Raises:
+        LocalProtocolError: an array has another dtype or shape than the layout says.
     """
-    ordered = sorted(
-        layout.chunks[index].slices,
-        key=lambda part: (-layout.spec.tensors[part.tensor].itemsize, layout.slice_name(part)),
-    )
-    header: dict[str, dict[str, Any]] = {}
-    offset = 0
+    header, ordered = layout.head(index)
+    yield header
     for part in ordered:
         tensor = layout.spec.tensors[part.tensor]
-        shape = layout.slice_shape(part)
-        size = math.prod(shape) * tensor.itemsize
-        header[layout.slice_name(part)] = {
-            "dtype": tensor.dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    encoded = msgspec.json.encode(header)
-    encoded += b" " * (-len(encoded) % 8)
-    yield len(encoded).to_bytes(8, "little") + encoded
-    for part in ordered:
-        array = arrays[layout.spec.tensors[part.tensor].name]
+        array = arrays[tensor.name]
+        if array.shape != tensor.shape or array.dtype != NUMPY_DTYPES[tensor.dtype]:
+            raise LocalProtocolError(
+                f"{tensor.name!r} is {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}"
+            )
         yield array_bytes(slice_of(array, part))
 
 
@@ -186,56 +217,26 @@ def checkpoint_layout(spec: ModelSpec) -> Layout:
 def decode_chunk(layout: Layout, index: int, data: bytes | memoryview) -> list[Array]:
     """The arrays of one chunk's file, in the order of its slices, as read-only views of ``data``.
 
+    A chunk's header is a function of the layout, so it is compared and never parsed: nothing in a
+    file from another peer is interpreted.
+
     Raises:
         RemoteProtocolError: unless the file holds exactly the slices of the layout, with their
             names, dtypes and shapes (the bytes came from another peer).
     """
     view = memoryview(data).cast("B").toreadonly()
-    header, body = _split_header(view, layout.chunks[index].max_file_bytes)
-    header.pop("__metadata__", None)
-    parts = layout.chunks[index].slices
-    if len(header) != len(parts):
-        raise RemoteProtocolError(f"chunk {index} holds {len(header)} tensors, not {len(parts)}")
-    arrays: list[Array] = []
-    for part in parts:
-        tensor = layout.spec.tensors[part.tensor]
+    header, ordered = layout.head(index)
+    chunk = layout.chunks[index]
+    if len(view) != len(header) + chunk.payload_bytes:
+        raise RemoteProtocolError(f"chunk {index} is a file of {len(view)} bytes")
+    if view[: len(header)] != header:
+        raise RemoteProtocolError(f"chunk {index} has another header than agreed")
+    offset = len(header)
+    arrays: dict[TensorSlice, Array] = {}
+    for part in ordered:
+        dtype = NUMPY_DTYPES[layout.spec.tensors[part.tensor].dtype]
         shape = layout.slice_shape(part)
-        entry = header.get(layout.slice_name(part))
-        if (
-            not isinstance(entry, dict)
-            or entry.get("dtype") != tensor.dtype
-            or entry.get("shape") != list(shape)
-        ):
-            raise RemoteProtocolError(f"chunk {index} lacks {layout.slice_name(part)!r} as agreed")
-        dtype = NUMPY_DTYPES[tensor.dtype]
-        values = _values(entry.get("data_offsets"), body, int(np.prod(shape)) * dtype.itemsize)
-        arrays.append(np.frombuffer(values, dtype=dtype).reshape(shape))
-    return arrays
-
-
-def _split_header(view: memoryview, max_bytes: int) -> tuple[dict[str, Any], memoryview]:
-    """Header object and value bytes of a safetensors file, bounded."""
-    if not 8 <= len(view) <= max_bytes:
-        raise RemoteProtocolError(f"chunk file of {len(view)} bytes")
-    length = int.from_bytes(view[:8], "little")
-    if length > len(view) - 8:
-        raise RemoteProtocolError("chunk file shorter than its header says")
-    try:
-        header = msgspec.json.decode(view[8 : 8 + length], type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RemoteProtocolError("chunk file with an unreadable header") from error
-    return header, view[8 + length :]
-
-
-def _values(offsets: object, body: memoryview, nbytes: int) -> memoryview:
-    """The value bytes at a header's ``data_offsets``."""
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(offset) is int for offset in offsets)
-    ):
-        raise RemoteProtocolError("chunk file with malformed offsets")
-    start, stop = offsets
-    if not 0 <= start <= stop <= len(body) or stop - start != nbytes:
-        raise RemoteProtocolError("chunk file with offsets out of range")
-    return body[start:stop]
+        array: Array = np.ndarray(shape, dtype, buffer=view, offset=offset)
+        arrays[part] = array
+        offset += array.nbytes
+    return [arrays[part] for part in chunk.slices]

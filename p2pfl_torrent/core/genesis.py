@@ -11,13 +11,13 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_GENESIS_BYTES = 32768
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 _T = TypeVar("_T")
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
@@ -108,8 +108,8 @@ class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initial_hash: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
     def encode(self) -> bytes:
-        """Canonical bytes: JSON with sorted keys and no spaces."""
-        return msgspec.json.encode(self, order="deterministic")
+        """Canonical bytes, as ``encode_terms``."""
+        return _canonical(self)
 
     @property
     def swarm_id(self) -> bytes:
@@ -118,8 +118,12 @@ class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def encode_terms(terms: Terms) -> bytes:
-    """Canonical bytes of the terms."""
-    return msgspec.json.encode(terms, order="deterministic")
+    """Canonical bytes: JSON with sorted keys and no spaces, every number in its declared type.
+
+    Raises:
+        LocalProtocolError: a value is out of its bounds, so that no peer would accept it.
+    """
+    return _canonical(terms)
 
 
 def decode_terms(data: bytes) -> Terms:
@@ -130,6 +134,15 @@ def decode_terms(data: bytes) -> Terms:
 def decode_genesis(data: bytes) -> Genesis:
     """A genesis sent by another peer, bounded and typed; RemoteProtocolError otherwise."""
     return _decode(data, Genesis)
+
+
+def _canonical(value: Terms | Genesis) -> bytes:
+    # A struct takes what it is given: 60 for 60.0 would make two swarms of one configuration.
+    try:
+        checked = msgspec.convert(msgspec.to_builtins(value), type(value))
+        return msgspec.json.encode(checked, order="deterministic")
+    except (msgspec.MsgspecError, UnicodeEncodeError) as error:
+        raise LocalProtocolError(f"{type(value).__name__} out of bounds ({error})") from error
 
 
 def _decode(data: bytes, kind: type[_T]) -> _T:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, NewType
+from typing import Annotated, NewType, TypeVar
 
 import msgspec
 
@@ -32,7 +32,7 @@ UpdateId = NewType("UpdateId", bytes)
 Hash = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 
 
-class ManifestHeader(msgspec.Struct, frozen=True, array_like=True):
+class ManifestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the owner signs.
 
     Attributes:
@@ -55,7 +55,7 @@ class ManifestHeader(msgspec.Struct, frozen=True, array_like=True):
     table_hash: Hash
 
 
-class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
+class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One chunk of an update.
 
     Attributes:
@@ -80,7 +80,7 @@ class ChunkEntry(msgspec.Struct, frozen=True, array_like=True):
         return len(self.blocks) // HASH_BYTES
 
 
-class _Wire(msgspec.Struct, frozen=True, array_like=True):
+class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     header: Annotated[bytes, msgspec.Meta(max_length=MAX_HEADER_BYTES)]
     signature: Annotated[bytes, msgspec.Meta(max_length=MAX_SIGNATURE_BYTES)]
     table: bytes
@@ -198,9 +198,21 @@ def make_manifest(
     return Manifest(signed, entries, table)
 
 
-_decode_wire = msgspec.msgpack.Decoder(_Wire).decode
-_decode_header = msgspec.msgpack.Decoder(ManifestHeader).decode
-_decode_table = msgspec.msgpack.Decoder(tuple[ChunkEntry, ...]).decode
+_T = TypeVar("_T")
+_wire_decoder = msgspec.msgpack.Decoder(_Wire)
+_header_decoder = msgspec.msgpack.Decoder(ManifestHeader)
+_table_decoder = msgspec.msgpack.Decoder(tuple[ChunkEntry, ...])
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes, what: str) -> _T:
+    """What the bytes say, if they are the one canonical way to say it."""
+    try:
+        value = decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteProtocolError(f"malformed {what} ({error})") from error
+    if msgspec.msgpack.encode(value) != data:
+        raise RemoteProtocolError(f"{what} is not in canonical form")
+    return value
 
 
 def decode_signed_header(
@@ -214,12 +226,7 @@ def decode_signed_header(
     """
     if len(raw) > MAX_HEADER_BYTES:
         raise RemoteProtocolError("manifest header too long")
-    try:
-        header = _decode_header(raw)
-    except msgspec.MsgspecError as error:
-        raise RemoteProtocolError(f"malformed manifest header ({error})") from error
-    if msgspec.msgpack.encode(header) != raw:
-        raise RemoteProtocolError("manifest header is not in canonical form")
+    header = _decode(_header_decoder, raw, "manifest header")
     if header.swarm != swarm:
         raise RemoteProtocolError("manifest of another swarm")
     if header.num_samples > max_num_samples:
@@ -240,19 +247,13 @@ def decode_manifest(
     """
     if len(data) > max_wire_bytes(layout):
         raise RemoteProtocolError(f"manifest of {len(data)} bytes")
-    try:
-        wire = _decode_wire(data)
-    except msgspec.MsgspecError as error:
-        raise RemoteProtocolError(f"malformed manifest ({error})") from error
+    wire = _decode(_wire_decoder, data, "manifest")
     signed = decode_signed_header(
         wire.header, wire.signature, swarm=swarm, verify=verify, max_num_samples=max_num_samples
     )
     if hashlib.sha256(wire.table).digest() != signed.header.table_hash:
         raise RemoteProtocolError("chunk table is not the one its owner signed")
-    try:
-        entries = _decode_table(wire.table)
-    except msgspec.MsgspecError as error:
-        raise RemoteProtocolError(f"malformed chunk table ({error})") from error
+    entries = _decode(_table_decoder, wire.table, "chunk table")
     _check_entries(entries, layout, signed.header.payload_bytes)
     return Manifest(signed, entries, wire.table)
 
@@ -268,12 +269,9 @@ def decode_manifest_gossip(
     """The checked header of a gossiped manifest that lacks its table, None of one that has it.
 
     Raises:
-        RemoteProtocolError: malformed, or as ``decode_signed_header``.
+        RemoteProtocolError: malformed, or as ``decode_signed_header``. The caller bounds the bytes.
     """
-    try:
-        wire = _decode_wire(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise RemoteProtocolError(f"malformed manifest gossip ({error})") from error
+    wire = _decode(_wire_decoder, data, "manifest gossip")
     if wire.table:
         return None
     return decode_signed_header(

@@ -18,16 +18,14 @@ from p2pfl_torrent.core.manifest import MAX_ROUND, Hash
 PROTOCOL_ID = "/p2pfl-torrent/chunk/1.0.0"
 
 FRAME_HEADER = struct.Struct("!IB")  # bytes that follow the type, type
-MAX_CONTROL_FRAME = (
-    1 << 20
-)  # a manifest of 32,000 blocks; larger ones are cut by the layout's bound
+MAX_CONTROL_FRAME = 1 << 20  # a manifest of 32,000 blocks; a larger model's layout raises it
 MAX_REQUEST_BYTES = 1 << 20  # one Piece's payload: bounds what a request can pin in memory
 MAX_RECORD_BYTES = 4096  # a signed member record with 16 addresses
 MAX_HAVE = 4096  # chunks in one Have
 MAX_UPDATES = 4096  # updates in one Availability: members x rounds kept
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
     """First message of both sides: who I am and which swarm this is about.
 
     Attributes:
@@ -43,19 +41,19 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True, tag=2):
+class Ping(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
     """Fetcher -> holder: are you there? Answered by a Pong with the same number."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class Pong(msgspec.Struct, frozen=True, array_like=True, tag=3):
+class Pong(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=3):
     """Holder -> fetcher: the answer to a Ping."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class ChunksOf(msgspec.Struct, frozen=True, array_like=True):
+class ChunksOf(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Which chunks of one update the sender holds.
 
     Attributes:
@@ -68,13 +66,13 @@ class ChunksOf(msgspec.Struct, frozen=True, array_like=True):
     chunks: Annotated[bytes, msgspec.Meta(max_length=8192)]
 
 
-class Availability(msgspec.Struct, frozen=True, array_like=True, tag=4):
+class Availability(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=4):
     """Holder -> fetcher, and the body of an availability gossip: what the sender holds."""
 
     updates: Annotated[tuple[ChunksOf, ...], msgspec.Meta(max_length=MAX_UPDATES)]
 
 
-class Have(msgspec.Struct, frozen=True, array_like=True, tag=5):
+class Have(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=5):
     """Holder -> fetcher: these chunks of an update have been verified since."""
 
     update: Hash
@@ -83,25 +81,25 @@ class Have(msgspec.Struct, frozen=True, array_like=True, tag=5):
     ]
 
 
-class GetManifest(msgspec.Struct, frozen=True, array_like=True, tag=6):
+class GetManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=6):
     """Fetcher -> holder: send me this manifest. Answered by ManifestData or NoManifest."""
 
     update: Hash
 
 
-class ManifestData(msgspec.Struct, frozen=True, array_like=True, tag=7):
+class ManifestData(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=7):
     """Holder -> fetcher: a whole encoded manifest, asked for or new."""
 
     manifest: bytes
 
 
-class NoManifest(msgspec.Struct, frozen=True, array_like=True, tag=8):
+class NoManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=8):
     """Holder -> fetcher: I do not have the manifest you asked for."""
 
     update: Hash
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True, tag=9):
+class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=9):
     """Fetcher -> holder: ``count`` blocks of a chunk, at most MAX_REQUEST_BYTES together.
 
     Attributes:
@@ -115,13 +113,13 @@ class Request(msgspec.Struct, frozen=True, array_like=True, tag=9):
     count: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
 
 
-class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
+class Cancel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=10):
     """Fetcher -> holder: I no longer need it; answer with Reject unless the Piece is under way."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class Reject(msgspec.Struct, frozen=True, array_like=True, tag=11):
+class Reject(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=11):
     """Holder -> fetcher: this request will not be served.
 
     Attributes:
@@ -138,7 +136,7 @@ REJECT_REASONS = ("not held", "cancelled", "too many requests", "no longer kept"
 REFUSE_SWARM, REFUSE_MEMBER, REFUSE_FULL, REFUSE_BANNED = range(4)
 
 
-class Refuse(msgspec.Struct, frozen=True, array_like=True, tag=12):
+class Refuse(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=12):
     """Instead of a Hello: no exchange with you, and why.
 
     Attributes:
@@ -190,7 +188,7 @@ _encode_control = msgspec.msgpack.Encoder().encode
 def encode_message(message: Message) -> tuple[bytes, bytes | bytearray | memoryview]:
     """A frame as (head, payload); the payload is empty but for a Piece, and never copied."""
     if isinstance(message, Piece):
-        if len(message.data) > MAX_REQUEST_BYTES:
+        if not 0 < len(message.data) <= MAX_REQUEST_BYTES:
             raise LocalProtocolError(f"piece of {len(message.data)} bytes")
         size = PIECE_HEADER.size + len(message.data)
         return FRAME_HEADER.pack(size, TYPE_PIECE) + PIECE_HEADER.pack(message.number), message.data
@@ -223,6 +221,8 @@ def decode_body(kind: int, body: bytes | bytearray | memoryview) -> Message:
     """
     if kind == TYPE_PIECE:
         view = memoryview(body)
+        if len(view) <= PIECE_HEADER.size:
+            raise RemoteProtocolError("piece without a payload")
         (number,) = PIECE_HEADER.unpack_from(view)
         return Piece(number, view[PIECE_HEADER.size :])
     try:

@@ -35,12 +35,13 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 MAX_TENSORS = 1 << 16  # a 100-layer transformer has some 1,600
 MAX_DIMENSIONS = 16
+MAX_NAME = 256
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
     """Name, safetensors dtype name and shape of one exchanged tensor."""
 
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
     dtype: str
     shape: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
 
@@ -89,10 +90,20 @@ class ModelSpec(msgspec.Struct, frozen=True, array_like=True):
         """Check a spec, raising ConfigError with the offending tensor's name."""
         if not self.tensors:
             raise ConfigError("The model has no tensor to exchange: check include and exclude.")
+        if len(self.tensors) > MAX_TENSORS:
+            raise ConfigError(f"The model has more than {MAX_TENSORS} tensors: exclude some.")
         seen: set[str] = set()
         for tensor in self.tensors:
             if tensor.name in seen:
                 raise ConfigError(f"Tensor {tensor.name!r} appears twice in the model.")
+            if not 1 <= len(tensor.name) <= MAX_NAME or not _is_text(tensor.name):
+                raise ConfigError(
+                    f"Tensor {tensor.name!r} needs a name of 1 to {MAX_NAME} Unicode characters."
+                )
+            if tensor.name == "__metadata__":
+                raise ConfigError("A safetensors file reserves the name '__metadata__': rename it.")
+            if len(tensor.shape) > MAX_DIMENSIONS:
+                raise ConfigError(f"Tensor {tensor.name!r} has more than {MAX_DIMENSIONS} sides.")
             if tensor.dtype not in NUMPY_DTYPES:
                 raise ConfigError(
                     f"Tensor {tensor.name!r} has dtype {tensor.dtype}, which cannot be exchanged: "
@@ -101,6 +112,15 @@ class ModelSpec(msgspec.Struct, frozen=True, array_like=True):
             if any(side < 0 for side in tensor.shape):
                 raise ConfigError(f"Tensor {tensor.name!r} has a negative side.")
             seen.add(tensor.name)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: Python's strings may hold halves of surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_arrays(spec: ModelSpec, arrays: Arrays) -> None:
@@ -142,7 +162,24 @@ def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]
 
 def float32_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """Round to nearest, ties to even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # not ascontiguousarray, which makes a 0-d array 1-d
+    bits = np.asarray(values, dtype=np.float32, order="C").view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet = np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), rounded)
     return quiet.astype(np.uint16)
+
+
+def float64_to_bfloat16(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """Round to nearest, ties to even, at once; NaN stays NaN.
+
+    By way of float32 a value just beside a tie would first be rounded onto it, and then the wrong
+    way. So the step to float32 rounds to odd (Boldo & Melquiond 2008), which keeps it off the tie.
+    """
+    with np.errstate(over="ignore"):
+        nearest = np.asarray(values, dtype=np.float64).astype(np.float32)
+    back = nearest.astype(np.float64)
+    bits = nearest.view(np.uint32)
+    bits = bits - (np.abs(back) > np.abs(values))  # now the float32 next towards zero
+    odd = np.where(back != values, bits | np.uint32(1), bits).astype(np.uint32)
+    exact = np.where(np.isfinite(values), odd, nearest.view(np.uint32))
+    return float32_to_bfloat16(exact.view(np.float32))

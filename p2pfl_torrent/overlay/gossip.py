@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 MAX_DATA = 16 << 10
 """Bytes one message may carry. Larger things are announced by hash and pulled over a stream."""
 
-IDLE_READ = 10 * 365 * 86_400.0  # a gossip stream may be silent for as long as its connection lives
-
 OnMessage = Callable[[str, bytes], None]
 
 
@@ -295,7 +293,7 @@ class _GuardedPubsub(Pubsub):
 async def _read_rpc(reader: Stream) -> bytes:
     size = 0
     for shift in (0, 7, 14):
-        byte = (await reader.read_exactly(1, IDLE_READ))[0]
+        byte = (await reader.read_exactly(1))[0]
         size |= (byte & 0x7F) << shift
         if byte < 0x80:
             break
@@ -303,4 +301,4 @@ async def _read_rpc(reader: Stream) -> bytes:
         size = MAX_RPC + 1
     if size > MAX_RPC:
         raise WireError(f"a gossip packet of more than {MAX_RPC} bytes")
-    return bytes(await reader.read_exactly(size, IDLE_READ))
+    return bytes(await reader.read_exactly(size))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -71,6 +72,7 @@ class GuardedSwarm(Swarm):
                 inbound_stream_protocol_negotiation_timeout=limits.negotiation_timeout,
             ),
         )
+        self.auto_connector = _NoAutoConnector(self)
         self.limits = limits
         self._handshaking = 0
         self._inbound_by_ip: dict[str, int] = {}
@@ -163,4 +165,11 @@ class GuardedSwarm(Swarm):
         pass
 
     def _schedule_prune(self) -> None:
+        pass
+
+
+class _NoAutoConnector(AutoConnector):
+    """Never starts: the stock one dials whom it finds in the peerstore."""
+
+    async def start(self) -> None:
         pass

@@ -274,7 +274,6 @@ async def open_host(
         try:
             async with background_trio_service(swarm):
                 await swarm.event_background_nursery_created.wait()
-                await swarm.auto_connector.stop()
                 for listener, maddr in bound:
                     swarm.listeners[str(maddr)] = listener
                     nursery.start_soon(listener.serve, partial(swarm.serve, maddr=maddr))

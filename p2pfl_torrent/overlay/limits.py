@@ -6,8 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 MAX_BUFFERED = 32 << 20
-"""Bytes that one connection may have received but not read: sixteen full windows. py-libp2p does
-not enforce its flow control, so without this a sender that ignores it fills our memory."""
+"""Bytes that one connection may have received but not read: sixteen full windows."""
 
 RECEIVE_WINDOW = 2 << 20
 """Bytes a sender may be ahead of the reader on one stream: 20 MB/s over a 100 ms path."""

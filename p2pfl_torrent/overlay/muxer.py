@@ -9,7 +9,7 @@ Differences to the stock class, which stays the wire format's only implementatio
   so that reading does not stall behind one's own bulk data on a slow uplink.
 * Credit is granted in quarters of a window instead of after every read, which for the library's
   one-byte reads of varints costs a frame per byte.
-* Inbound streams and unread bytes are bounded.
+* Windows hold for the sender too; inbound streams and unread bytes are bounded.
 """
 
 from __future__ import annotations
@@ -65,6 +65,23 @@ class _Frame:
         self.sent = False
 
 
+class _HeaderTap:
+    """Remembers the last frame header, which the base class does not tell whom it asks to read."""
+
+    def __init__(self, conn: ISecureConn) -> None:
+        self._conn = conn
+        self.header = bytes(HEADER_SIZE)
+
+    async def read(self, n: int | None = None) -> bytes:
+        data = await self._conn.read(n)
+        if len(data) == HEADER_SIZE:
+            self.header = data
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conn, name)
+
+
 class BoundedYamux(Yamux):
     """One connection's streams, with the bounds of :mod:`p2pfl_torrent.overlay.limits`."""
 
@@ -72,7 +89,13 @@ class BoundedYamux(Yamux):
         async def on_close() -> None:  # SwarmConn replaces it; the base class awaits it
             pass
 
-        super().__init__(conn, peer_id, is_initiator=conn.is_initiator, on_close=on_close)
+        self._tap = _HeaderTap(conn)
+        super().__init__(
+            cast("ISecureConn", self._tap),
+            peer_id,
+            is_initiator=conn.is_initiator,
+            on_close=on_close,
+        )
         self._gate = gate
         self._control: deque[bytes] = deque()
         self._frames: deque[_Frame] = deque()
@@ -191,9 +214,13 @@ class BoundedYamux(Yamux):
             self._ungranted.pop(stream.stream_id, None)
 
     async def _read_data_body(self, length: int) -> bytes:
+        _, _, _, number, _ = struct.unpack(YAMUX_HEADER_FORMAT, self._tap.header)
+        stream = self.streams.get(number)
+        window = stream.recv_window if stream else DEFAULT_WINDOW_SIZE
         unread = sum(map(len, self.stream_buffers.values()))
-        if unread + length > MAX_BUFFERED:
-            raise trio.TooSlowError("more unread data than the windows allow")  # closes it
+        if length > window or unread + length > MAX_BUFFERED:
+            # The one error that the base class answers by closing the connection.
+            raise trio.TooSlowError("more data than the window allows")
         return await super()._read_data_body(length)
 
     # Streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,8 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from p2pfl_torrent.core.errors import P2PFLError
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.exchange.ports import EdgeClosedError
 from p2pfl_torrent.overlay.muxer import MAX_PAYLOAD, BoundedYamux
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ same link (a heartbeat, a window update) wait a quarter of a second at most for 
 CLOSE_TIMEOUT = 5.0
 
 
-class StreamBroken(P2PFLError):
+class StreamBroken(P2PFLError, EdgeClosedError):
     """The stream is of no more use; the text says why."""
 
 
@@ -58,6 +61,7 @@ class Stream:
 
     __slots__ = (
         "_broken",
+        "_closed",
         "_got",
         "_muxed",
         "_net",
@@ -73,37 +77,37 @@ class Stream:
         self._net = net
         self._muxed = cast(YamuxStream, net.muxed_stream)
         self._yamux = cast(BoundedYamux, self._muxed.conn)
-        self.remote = str(self._yamux.peer_id)
+        self.remote = PeerId(str(self._yamux.peer_id))
         self.protocol = protocol
         self._got = bytearray()
         self._piece = MAX_PAYLOAD
         self._broken: str | None = None
+        self._closed = False
         self._reading = False
         self._writing = False
 
     def __repr__(self) -> str:
         return f"<Stream {self.protocol} with {self.remote}>"
 
-    async def read_exactly(self, n: int, timeout: float) -> bytearray:
-        """The next ``n`` bytes. ``n`` is allocated: bound it before it comes from the wire.
+    async def read_exactly(self, count: int, timeout: float | None = None) -> bytearray:
+        """The next ``count`` bytes. They are allocated: bound a count that comes from the wire.
 
         Raises:
-            EndOfStream: the other side finished cleanly, and no byte of the ``n`` had arrived.
+            EndOfStream: the other side finished cleanly, and none of the bytes had arrived.
             StreamTimeout: not all arrived within ``timeout`` seconds; see there.
             StreamBroken: the stream or its connection broke.
         """
         with self._alone("_reading"), self._errors("read"):
-            with trio.move_on_after(timeout) as deadline:
-                while len(self._got) < n:
-                    want = max(n - len(self._got), READ_AHEAD)
-                    self._got += await self._receive(min(want, READ_AHEAD))
+            with _deadline(timeout) as deadline:
+                while len(self._got) < count:
+                    self._got += await self._receive(READ_AHEAD)
             if deadline.cancelled_caught:
                 raise StreamTimeout(f"{self.remote} sent nothing more within {timeout:g} s")
-        if len(self._got) == n:
+        if len(self._got) == count:
             whole, self._got = self._got, bytearray()
             return whole
-        part = self._got[:n]
-        del self._got[:n]
+        part = self._got[:count]
+        del self._got[:count]
         return part
 
     async def _receive(self, limit: int) -> bytes:
@@ -117,29 +121,32 @@ class Stream:
                 raise StreamBroken(f"{self.remote} ended the stream in mid-message") from None
             raise EndOfStream(f"{self.remote} ended the stream") from None
 
-    async def write(self, data: bytes | bytearray | memoryview, timeout: float) -> None:
+    async def write(
+        self, data: bytes | bytearray | memoryview, timeout: float | None = None
+    ) -> None:
         """Sends ``data``: returns when all of it has been handed to the operating system.
 
         Raises:
             StreamTimeout: that took longer than ``timeout`` seconds; the stream is reset.
             StreamBroken: the stream or its connection broke.
         """
-        rest = memoryview(data)
+        rest = memoryview(data).cast("B")
+        size = len(rest)
         with self._alone("_writing"), self._errors("write"):
             try:
-                with trio.fail_after(timeout):
+                with _deadline(timeout) as deadline:
                     while rest:
-                        size = min(await self._window(), self._piece, len(rest))
-                        await self._send_piece(rest[:size])
-                        rest = rest[size:]
-            except trio.TooSlowError:
-                await self.reset()
-                raise StreamTimeout(f"{self.remote} took too little within {timeout:g} s") from None
+                        fits = min(await self._window(), self._piece, len(rest))
+                        await self._send_piece(rest[:fits])
+                        rest = rest[fits:]
             except trio.Cancelled:
-                if len(rest) < len(data):  # half a message is out, nothing can follow it
+                if len(rest) < size:  # half a message is out, nothing can follow it
                     with trio.CancelScope(shield=True):
                         await self.reset()
                 raise
+            if deadline.cancelled_caught:
+                await self.reset()
+                raise StreamTimeout(f"{self.remote} took too little within {timeout:g} s")
 
     async def _send_piece(self, piece: memoryview) -> None:
         began = trio.current_time()
@@ -166,17 +173,20 @@ class Stream:
         return self._muxed.send_window
 
     async def close(self) -> None:
-        """Finishes the stream in order: the other side reads what was sent, then the end."""
-        if self._broken is not None:
+        """Ends the writing side, in order: the other side reads what was sent, then the end.
+
+        Reading goes on until the other side does the same.
+        """
+        if self._closed or self._broken is not None:
             return
-        self._broken = "it was closed here"
+        self._closed = True
         with trio.move_on_after(CLOSE_TIMEOUT) as deadline, self._errors("close", tell=False):
             await self._net.close()
         if deadline.cancelled_caught:
-            await self._net.reset()
+            await self.reset()
 
     async def reset(self) -> None:
-        """Drops the stream: the other side gets an error, here nothing more can be done with it."""
+        """Drops both sides; never raises. The other side gets an error, as do reads here."""
         self._broken = self._broken or "it was reset here"
         with trio.move_on_after(CLOSE_TIMEOUT), self._errors("reset", tell=False):
             await self._net.reset()
@@ -196,12 +206,18 @@ class Stream:
         """The one place where the library's errors become ours."""
         if tell and self._broken is not None:
             raise StreamBroken(f"cannot {doing}: {self._broken}")
+        if doing == "write" and self._closed:
+            raise StreamBroken("cannot write: the writing side was closed here")
         try:
             yield
         except (BaseLibp2pError, OSError, trio.BrokenResourceError, trio.ClosedResourceError) as e:
             if tell:
                 self._broken = f"the stream with {self.remote} broke"
                 raise StreamBroken(f"cannot {doing}: {self._broken} ({type(e).__name__})") from e
+
+
+def _deadline(timeout: float | None) -> trio.CancelScope:
+    return trio.move_on_after(math.inf if timeout is None else timeout)
 
 
 class StreamPipe:

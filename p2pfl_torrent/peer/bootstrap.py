@@ -43,7 +43,7 @@ async def serve_bootstrap(
             await serve_members(StreamPort(stream), registry.answer)
 
         host.set_handler(PROTOCOL_ID, serve)
-        on_ready(host.addrs)
+        on_ready(host.addrs())
         await trio.sleep_forever()
 
 

@@ -104,7 +104,7 @@ class Node:
     async def start(self, nursery: trio.Nursery, host: Host, gossip: Gossip) -> None:
         """Find the swarm, take its state, and return when a round may be trained."""
         self._nursery, self._host, self._gossip = nursery, host, gossip
-        self.addrs = tuple(self.config.network.announce) or host.addrs
+        self.addrs = tuple(self.config.network.announce) or host.addrs()
         genesis, statements, via = await self._find_genesis()
         self._open_parts(genesis)
         self._serve()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from p2pfl_torrent.core.genesis import TopologyTerms
-from p2pfl_torrent.core.joining import answer_sync, first_sync, second_sync
+from p2pfl_torrent.core.joining import Sync, answer_sync, first_sync, second_sync
 from p2pfl_torrent.core.membership import Membership
 from p2pfl_torrent.core.membership_effects import (
     Changed,
@@ -288,7 +288,7 @@ class MemberNetwork:
             return
         if self.rng.random() < self.loss:
             return
-        question = first_sync(SWARM, node.machine.census, effect.news)
+        question: Sync | None = first_sync(SWARM, node.machine.census, effect.news)
         while question is not None:
             self._count(question.news)
             self._apply(other, other.machine.received(question.news, local, self.now))

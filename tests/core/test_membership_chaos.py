@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from p2pfl_torrent.core.genesis import TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
-from tests.core.member_network import MemberNetwork, mesh, star
+from tests.core.member_network import MemberNetwork, Node, mesh, star
 
 NAMES = "abcdefg"
 PEACE = 120.0  # seconds in which every swarm must have come to rest
@@ -24,7 +27,7 @@ class Chaos(RuleBasedStateMachine):
         seed=st.integers(0, 1 << 16),
         loss=st.sampled_from([0.0, 0.1, 0.3]),
     )
-    def begin(self, topology, seed: int, loss: float) -> None:  # type: ignore[no-untyped-def]
+    def begin(self, topology: Callable[[], TopologyTerms], seed: int, loss: float) -> None:
         self.network = MemberNetwork(NAMES, topology(), seed=seed)
         self.network.enter_all()
         self.network.run(15, until=lambda: self.network.agree_on(NAMES))
@@ -33,7 +36,7 @@ class Chaos(RuleBasedStateMachine):
         self.round = 1
         self.left: set[str] = set()
 
-    def _node(self, name: str):  # type: ignore[no-untyped-def]
+    def _node(self, name: str) -> Node:
         return self.network.nodes[PeerId(name)]
 
     @rule(seconds=st.sampled_from([0.3, 1.5, 6.0, 20.0]))
