@@ -21,13 +21,14 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
 from libp2p.tools.anyio_service import background_trio_service
 
 from p2pfl_torrent.core.errors import LocalProtocolError
 from p2pfl_torrent.overlay.identity import is_peer_id
 from p2pfl_torrent.overlay.limits import TokenBuckets
 from p2pfl_torrent.overlay.mesh import Router
-from p2pfl_torrent.overlay.rpc import MAX_RPC, WireError, bounded
+from p2pfl_torrent.overlay.rpc import MAX_MESSAGES, MAX_RPC, WireError, bounded
 from p2pfl_torrent.overlay.stream import Stream, StreamBroken
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ log = logging.getLogger(__name__)
 
 MAX_DATA = 16 << 10
 """Bytes one message may carry. Larger things are announced by hash and pulled over a stream."""
+
+OUTBOUND_QUEUE = 256
+"""Packets waiting for one neighbour before more are dropped: 4 MiB of the largest messages. The
+library's 32 lose most of a round's manifests."""
+
+JOINED = 48 << 10  # bytes of messages joined into one packet: one frame, one read
 
 OnMessage = Callable[[str, bytes], None]
 
@@ -167,6 +174,7 @@ class _GuardedPubsub(Pubsub):
         self.callbacks: dict[str, OnMessage] = {}
         self._counters = counters
         self._inbound: Counter[ID] = Counter()
+        self._meeting: set[ID] = set()
         self._messages = TokenBuckets(limits.messages_per_second, limits.message_burst)
         self._entries = TokenBuckets(limits.entries_per_second, limits.entry_burst)
 
@@ -176,10 +184,30 @@ class _GuardedPubsub(Pubsub):
             self._schedule_peer_stream_retry(peer_id)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
-        await super()._handle_new_peer(peer_id)
-        queue = self.peer_queues.get(peer_id)
-        if queue is not None:
-            queue.max_message_size = MAX_RPC // 2  # what we send must fit what we accept
+        if peer_id in self._meeting:  # else both would open a stream, and one be forgotten open
+            return
+        self._meeting.add(peer_id)
+        try:
+            await super()._handle_new_peer(peer_id)
+        finally:
+            self._meeting.discard(peer_id)
+
+    # Sending
+
+    async def handle_sending_messages(
+        self, peer_id: ID, stream: INetStream, queue: RpcQueue
+    ) -> None:
+        """Writes what is queued for one neighbour, small messages several to a packet."""
+        queue.max_message_size = MAX_RPC // 2  # what we send must fit what we accept
+        queue._queue.max_size = OUTBOUND_QUEUE
+        try:
+            while (first := await queue.pop()) is not None:
+                if not await self.write_msg(stream, _joined(first, queue)):
+                    return
+        except Exception:
+            # The stream broke in a way the library does not name; it is opened anew.
+            log.debug("sending gossip to %s failed", peer_id, exc_info=True)
+            self._handle_dead_peer(peer_id)
 
     # Receiving
 
@@ -288,6 +316,22 @@ class _GuardedPubsub(Pubsub):
             callback(str(originator), publish_message.data)
         except Exception:  # a subscriber's bug must not keep the message from the others
             log.exception("a gossip callback failed")
+
+
+def _joined(first: rpc_pb2.RPC, queue: RpcQueue) -> rpc_pb2.RPC:
+    """One packet of ``first`` and the messages queued behind it, as far as they fit."""
+    waiting = queue._queue._non_priority
+    size = first.ByteSize()
+    if first.HasField("control") or first.subscriptions or queue._queue._priority:
+        return first
+    packet = rpc_pb2.RPC()
+    packet.CopyFrom(first)  # the queued object may be queued for other neighbours too
+    while waiting and not (waiting[0].HasField("control") or waiting[0].subscriptions):
+        size += waiting[0].ByteSize()
+        if size > JOINED or len(packet.publish) + len(waiting[0].publish) > MAX_MESSAGES:
+            break
+        packet.publish.extend(waiting.popleft().publish)
+    return packet
 
 
 async def _read_rpc(reader: Stream) -> bytes:

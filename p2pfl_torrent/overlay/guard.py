@@ -55,11 +55,12 @@ class GuardedSwarm(Swarm):
         upgrader = TransportUpgrader({NOISE_ID: noise}, {})
         upgrader.security_multistream._selector = BoundedSelector({NOISE_ID: noise})
         upgrader.muxer_multistream = YamuxOnly(self._admits_stream)
+        self._tcp = BoundedTcp()
         super().__init__(
             peer_id,
             peerstore,
             upgrader,
-            [BoundedTcp()],
+            [self._tcp],
             retry_config=RetryConfig(max_retries=0),
             connection_config=ConnectionConfig(
                 max_connections=NO_LIMIT,
@@ -90,8 +91,14 @@ class GuardedSwarm(Swarm):
         """Whether one more connection would be one too many."""
         return len(self.get_connections()) + self._handshaking >= self.limits.connections
 
-    async def serve(self, stream: ExactTcpStream, maddr: Multiaddr) -> None:
+    def abandon(self) -> None:
+        """Closes all sockets that are still open."""
+        for stream in list(self._tcp.open_sockets):
+            stream.close_now()
+
+    async def serve(self, socket: trio.SocketStream, maddr: Multiaddr) -> None:
         """Owns one accepted socket from its first byte to its last; never raises."""
+        stream = ExactTcpStream(socket, self._tcp.open_sockets)
         address = stream.get_remote_address()
         ip = address[0] if address else "?"
         if not self._admits_address(ip):

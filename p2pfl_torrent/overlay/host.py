@@ -288,6 +288,7 @@ async def open_host(
             nursery.cancel_scope.cancel()
             for listener, _ in bound:
                 await listener.close()
+            swarm.abandon()  # when cancelled, the tasks that would have closed them are gone
     if failure is not None:
         raise failure
 
@@ -375,6 +376,6 @@ def _listen_error(host: str, port: int, error: OSError) -> HostError:
 
 def _innermost(error: BaseException) -> str:
     """The first cause in a chain of wrappers, which is the one that says something."""
-    while error.__cause__ is not None and str(error.__cause__):
+    while isinstance(error.__cause__, BaseLibp2pError) and str(error.__cause__):
         error = error.__cause__
     return str(error) or type(error).__name__

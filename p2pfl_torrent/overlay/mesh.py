@@ -24,6 +24,7 @@ DEGREE, DEGREE_LOW, DEGREE_HIGH = 3, 2, 6
 """Links per topic: wanted, grafted below, pruned above. Every link more is a duplicate more of
 each message and costs its CPU; what a thin mesh misses, IHAVE repairs a heartbeat later."""
 
+MAX_TOLD = 500  # ids in one IHAVE: a receiver accepts some more (rpc.MAX_IDS)
 LAZY_DEGREE = 3
 """Neighbours outside the mesh that are told the ids of recent messages at each heartbeat."""
 
@@ -56,6 +57,8 @@ class Router(GossipSub):
             eclipse_protection_enabled=False,  # grafts above the degree, for other IPs
         )
 
+        self._young: dict[tuple[str, ID], int] = {}  # links, and for how many beats still
+
     # Sending
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
@@ -87,7 +90,7 @@ class Router(GossipSub):
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
         """Brings a neighbour that has just subscribed up to date."""
-        for mid in self.mcache.window(topic):
+        for mid in self.mcache.window(topic)[:MAX_TOLD]:
             message = self.mcache.get(mid)
             if message is not None and ID(message.from_id) != peer_id:
                 self.send_rpc(peer_id, rpc_pb2.RPC(publish=[message]))
@@ -117,6 +120,7 @@ class Router(GossipSub):
                 self.time_since_last_publish.pop(topic, None)
         for topic in [*self.mesh, *self.fanout]:
             await self._tell_of_recent(topic)
+        self._young = {link: left - 1 for link, left in self._young.items() if left > 1}
         self.mcache.shift()
         self._prune_idontwant_entries()
         self._periodic_security_cleanup()
@@ -142,8 +146,15 @@ class Router(GossipSub):
         mids = self.mcache.window(topic)
         if mids:
             links = self.mesh.get(topic) or self.fanout.get(topic, set())
-            for peer in _some(self._followers(topic) - links, LAZY_DEGREE):
-                await self.emit_ihave(topic, mids, peer)
+            told = _some(self._followers(topic) - links, LAZY_DEGREE)
+            # What came just before a link was made was not sent along it.
+            told |= {peer for peer in links if (topic, peer) in self._young}
+            for peer in told:
+                await self.emit_ihave(topic, mids[:MAX_TOLD], peer)
+
+    def _notify_mesh_peer_added(self, peer_id: ID, topic: str) -> None:
+        super()._notify_mesh_peer_added(peer_id, topic)
+        self._young[topic, peer_id] = GOSSIP_WINDOW
 
     def _forget_back_offs(self) -> None:
         now = time.time()

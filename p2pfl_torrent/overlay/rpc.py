@@ -15,7 +15,7 @@ from libp2p.pubsub.pb import rpc_pb2
 MAX_RPC = 256 << 10
 """Bytes of one packet: a dozen of the largest messages."""
 
-MAX_MESSAGES = 256
+MAX_MESSAGES = 512  # the answer to an IWANT of MAX_IDS small ones
 MAX_SUBSCRIPTIONS = 256
 MAX_TOPIC = 256  # bytes of a topic's name
 MAX_GRAFTS = 64  # and prunes: one per topic shared with a neighbour

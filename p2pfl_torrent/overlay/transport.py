@@ -25,9 +25,11 @@ class ExactTcpStream(TrioTCPStream):
     call and a turn of the event loop for each 2 byte length.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, open_sockets: set[ExactTcpStream]) -> None:
         super().__init__(stream)
         self._ahead = bytearray()
+        self._open_sockets = open_sockets
+        open_sockets.add(self)
 
     async def read(self, n: int | None = None) -> bytes:
         want = MAX_READ if n is None else min(n, MAX_READ)
@@ -49,6 +51,15 @@ class ExactTcpStream(TrioTCPStream):
             del self._ahead[:want]
             return taken
 
+    async def close(self) -> None:
+        self._open_sockets.discard(self)
+        await super().close()
+
+    def close_now(self) -> None:
+        """Closes the socket without a checkpoint: for when everything has been cancelled."""
+        self._open_sockets.discard(self)
+        self.stream.socket.close()
+
     async def write(self, data: bytes) -> None:
         async with self.write_lock:
             try:
@@ -58,7 +69,15 @@ class ExactTcpStream(TrioTCPStream):
 
 
 class BoundedTcp(TCP):
-    """Dials with :class:`ExactTcpStream`; listening is done by :class:`Listener`."""
+    """Dials with :class:`ExactTcpStream`; listening is done by :class:`Listener`.
+
+    Attributes:
+        open_sockets: every connection's, dialled or accepted, so that none outlives the host.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open_sockets: set[ExactTcpStream] = set()
 
     async def _dial_resolved(
         self, maddr: Multiaddr, source: tuple[str, int] | None = None
@@ -71,7 +90,7 @@ class BoundedTcp(TCP):
             stream = await trio.open_tcp_stream(host, int(port))
         except OSError as error:
             raise OpenConnectionError(_plain_reason(error)) from error
-        return RawConnection(ExactTcpStream(stream), True)
+        return RawConnection(ExactTcpStream(stream, self.open_sockets), True)
 
 
 def _plain_reason(error: OSError) -> str:
@@ -93,14 +112,10 @@ class Listener(IListener):
         """Raises ``OSError`` when the address cannot be had."""
         return cls(list(await trio.open_tcp_listeners(port, host=host)))
 
-    async def serve(self, handler: Callable[[ExactTcpStream], Awaitable[None]]) -> None:
+    async def serve(self, handler: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
         """Runs ``handler`` for every connection, until closed. It must not raise."""
-
-        async def accepted(stream: trio.SocketStream) -> None:
-            await handler(ExactTcpStream(stream))
-
         with self._serving:
-            await trio.serve_listeners(accepted, self._sockets)
+            await trio.serve_listeners(handler, self._sockets)
 
     async def listen(self, maddr: Multiaddr) -> None:
         raise NotImplementedError("a Listener is made listening by bind()")
