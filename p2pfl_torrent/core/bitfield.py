@@ -49,6 +49,14 @@ class Bitfield:
         self._count += 1
         return True
 
+    def discard(self, index: int) -> bool:
+        """Clear a bit; True if it was set before."""
+        if index not in self:
+            return False
+        self._bits[index >> 3] &= ~(0x80 >> (index & 7))
+        self._count -= 1
+        return True
+
     def __contains__(self, index: int) -> bool:
         if not 0 <= index < self._length:
             raise IndexError(index)

@@ -112,14 +112,6 @@ class UpdateStore(Protocol):
         """A complete chunk's file, read-only, mapped rather than read."""
         ...
 
-    def last_received(self, owner: PeerId, chunk: int, oldest: int, before: int) -> UpdateId | None:
-        """The owner's newest update of rounds ``oldest`` to ``before - 1`` with that chunk here."""
-        ...
-
-    def mark_counted(self, update: UpdateId, round: int) -> None:
-        """Record that an update went into the aggregate of a round (it is counted only once)."""
-        ...
-
     def counted(self) -> dict[UpdateId, int]:
         """Updates that went into an aggregate, and into which round's."""
         ...

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from p2pfl_torrent.core.chunking import checkpoint_layout, decode_chunk, encode_chunk_parts
 from p2pfl_torrent.core.errors import RemoteProtocolError
-from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, model_hash
 from p2pfl_torrent.store.errors import StoreError
 from p2pfl_torrent.store.mapped import map_file
 
@@ -39,19 +39,33 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, round: int, arrays: Arrays) -> Path:
-        """Write atomically and durably, without a second copy of the model in memory."""
+        """Write atomically and durably, without a second copy of the model in memory.
+
+        Raises:
+            StoreError: the disk is full or fails; an older file of that round is as it was.
+        """
         path = self.path(round)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            for part in encode_chunk_parts(self._layout, 0, arrays):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as file:
+                for part in encode_chunk_parts(self._layout, 0, arrays):
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_directory(self._dir)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StoreError(
+                f"{path} cannot be written ({error}): see that its disk has space and is writable."
+            ) from error
         return path
 
-    def load(self, round: int) -> dict[str, Array]:
+    def load(self, round: int, expected: bytes | None = None) -> dict[str, Array]:
         """The weights after a round, as read-only views of the mapped file.
+
+        Args:
+            expected: their model_hash, to be checked; costs one pass over them.
 
         Raises:
             StoreError: there is none, or it is damaged.
@@ -66,12 +80,28 @@ class Checkpoints:
             ) from error
         tensors = self._layout.spec.tensors
         slices = self._layout.chunks[0].slices
-        return {
+        arrays = {
             tensors[part.tensor].name: array for part, array in zip(slices, values, strict=True)
         }
+        if expected is not None and model_hash(self._layout.spec, arrays) != expected:
+            raise StoreError(
+                f"{path} holds other weights than were saved: delete it, and the peer takes the "
+                "current model from its neighbours."
+            )
+        return arrays
 
     def prune(self, keep: int, *, spare: Callable[[int], bool] = lambda _: False) -> None:
         """Delete all but the newest ``keep``, and those to spare."""
-        for round in self.rounds()[:-keep]:
+        rounds = self.rounds()
+        for round in rounds[: max(0, len(rounds) - keep)]:
             if not spare(round):
-                self.path(round).unlink()
+                self.path(round).unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename inside a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Files mapped into memory: read by the page cache, never copied, never counted as our own."""
+"""Files mapped into memory: served by the page cache, which the kernel takes back when it must."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 An update's chunks lie one after the other in ``<state>/updates/<update id>``, each a valid
 safetensors file at its offset. SQLite says what should be there; after a restart bytes are
-trusted only when their hashes match again, so a kill at any instant costs nothing verified.
+trusted only when their hashes match again, so a kill at any instant costs nothing verified. A
+power cut may cost the last moments, but never leaves a state that cannot be opened.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import fcntl
 import hashlib
 import os
 import sqlite3
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,7 @@ from typing import IO
 
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
-from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.store.errors import StoreError
@@ -28,17 +30,17 @@ from p2pfl_torrent.store.mapped import map_file
 
 SCHEMA_VERSION = 1
 MAX_OPEN_FILES = 64  # updates that are written or served at a time; the rest reopens in 20 us
-_SCHEMA = """
-CREATE TABLE swarm (id BLOB PRIMARY KEY) STRICT;
-CREATE TABLE manifests (id BLOB PRIMARY KEY, round INTEGER NOT NULL, owner TEXT NOT NULL,
-                        encoded BLOB NOT NULL) STRICT;
-CREATE TABLE chunks (manifest BLOB NOT NULL REFERENCES manifests ON DELETE CASCADE,
-                     chunk INTEGER NOT NULL, size INTEGER NOT NULL, source TEXT NOT NULL,
-                     PRIMARY KEY (manifest, chunk)) STRICT;
-CREATE TABLE counted (manifest BLOB PRIMARY KEY, round INTEGER NOT NULL) STRICT;
-CREATE TABLE rounds (round INTEGER PRIMARY KEY, closed_by TEXT NOT NULL, model_hash BLOB NOT NULL,
-                     report BLOB NOT NULL) STRICT;
-"""
+_SCHEMA = (
+    "CREATE TABLE swarm (id BLOB PRIMARY KEY)",
+    "CREATE TABLE manifests (id BLOB PRIMARY KEY, round INTEGER NOT NULL, owner TEXT NOT NULL,"
+    " encoded BLOB NOT NULL)",
+    "CREATE TABLE chunks (manifest BLOB NOT NULL REFERENCES manifests ON DELETE CASCADE,"
+    " chunk INTEGER NOT NULL, size INTEGER NOT NULL, source TEXT NOT NULL,"
+    " PRIMARY KEY (manifest, chunk))",
+    "CREATE TABLE counted (manifest BLOB PRIMARY KEY, round INTEGER NOT NULL)",
+    "CREATE TABLE rounds (round INTEGER PRIMARY KEY, closed_by TEXT NOT NULL,"
+    " model_hash BLOB NOT NULL, report BLOB NOT NULL)",
+)
 
 Decode = Callable[[bytes], Manifest]
 """Checks a stored manifest's bytes again; RemoteProtocolError if they do not hold."""
@@ -48,7 +50,8 @@ class Store:
     """A peer's updates and finished rounds; one process at a time, one thread at a time.
 
     Args:
-        keep_rounds: rounds whose updates are kept for others to fetch.
+        keep_rounds: finished rounds whose updates are kept for others to fetch; at least
+            max_staleness, or a late update is gone before it can be counted.
         fill_max_age: rounds for which an owner's last received chunk may fill a missing one.
 
     Raises:
@@ -68,17 +71,27 @@ class Store:
         self.layout = layout
         self._dir = state_dir
         self._updates_dir = state_dir / "updates"
-        self._updates_dir.mkdir(parents=True, exist_ok=True)
         self._keep_rounds = max(1, keep_rounds)
         self._fill_max_age = fill_max_age
-        self._lock = _lock(state_dir)
+        try:
+            self._updates_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(state_dir)
+        except OSError as error:
+            raise StoreError(
+                f"{state_dir} cannot be written ({error}): choose another storage.state_dir."
+            ) from error
         self._manifests: dict[UpdateId, Manifest] = {}
         self._offsets: dict[UpdateId, list[int]] = {}
         self._complete: dict[UpdateId, Bitfield] = {}
         self._files: OrderedDict[UpdateId, IO[bytes]] = OrderedDict()
         try:
             self._db = _open_database(state_dir, swarm)
-            self._load(decode)
+            try:
+                with self._recording():
+                    self._load(decode)
+            except BaseException:
+                self._db.close()
+                raise
         except BaseException:
             self._lock.close()
             raise
@@ -109,6 +122,8 @@ class Store:
         for identity, encoded in rows:
             try:
                 manifest = decode(encoded)
+                if manifest.update != identity:
+                    raise RemoteProtocolError("the row of another manifest")
             except RemoteProtocolError:  # a damaged row: fetched again like anything unknown
                 self._db.execute("DELETE FROM manifests WHERE id = ?", (identity,))
                 continue
@@ -117,9 +132,9 @@ class Store:
                 "SELECT chunk FROM chunks WHERE manifest = ?", (identity,)
             ):
                 self._complete[manifest.update].add(chunk)
-        self._db.commit()
+        known = {update.hex() for update in self._manifests}
         for path in self._updates_dir.iterdir():
-            if path.name not in {update.hex() for update in self._manifests}:
+            if path.name not in known:  # a kill came between the two halves of a prune
                 path.unlink()
 
     def _know(self, manifest: Manifest) -> None:
@@ -128,13 +143,34 @@ class Store:
         self._offsets[manifest.update] = [0, *accumulate(sizes)]
         self._complete[manifest.update] = Bitfield(len(sizes))
 
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """One transaction; what goes wrong with it or with a file is a StoreError."""
+        try:
+            self._db.execute("BEGIN")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a disk that is full may have ended it
+                    self._db.execute("ROLLBACK")
+                raise
+        except (sqlite3.Error, OSError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self._dir} cannot be written ({error}): see that its disk has space and is "
+            "writable, and start the peer again; nothing verified is lost."
+        )
+
     # --- manifests ---------------------------------------------------------------------------
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Remember a manifest durably; must be called before anything else about the update."""
         if manifest.update in self._manifests:
             return
-        with self._db:
+        with self._recording():
             self._db.execute(
                 "INSERT INTO manifests VALUES (?, ?, ?, ?)",
                 (manifest.update, manifest.round, manifest.owner, manifest.encode()),
@@ -150,13 +186,20 @@ class Store:
     def write(
         self, update: UpdateId, chunk: int, offset: int, data: bytes | bytearray | memoryview
     ) -> None:
-        """Write verified bytes at an offset inside a chunk's file."""
-        place = self._offsets[update][chunk] + offset
+        """Write verified bytes at an offset inside a chunk's file.
+
+        Raises:
+            StoreError: the disk is full or fails.
+        """
         view = memoryview(data)
-        descriptor = self._file(update).fileno()
-        while view:
-            written = os.pwrite(descriptor, view, place)
-            view, place = view[written:], place + written
+        place = self._place(update, chunk, offset, len(view))
+        try:
+            descriptor = self._file(update).fileno()
+            while view:
+                written = os.pwrite(descriptor, view, place)
+                view, place = view[written:], place + written
+        except OSError as error:
+            raise self._failed(error) from error
 
     def read(self, update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
         """Bytes of a chunk's file.
@@ -164,7 +207,7 @@ class Store:
         Raises:
             StoreError: the file is shorter than it should be.
         """
-        place = self._offsets[update][chunk] + offset
+        place = self._place(update, chunk, offset, size)
         data = os.pread(self._file(update).fileno(), size, place)
         if len(data) != size:
             raise StoreError(
@@ -185,7 +228,10 @@ class Store:
             ) from error
 
     def verified_blocks(self, update: UpdateId, chunk: int) -> Bitfield:
-        """Blocks of a chunk that are here and match their hashes (re-hashed, so: not cheap)."""
+        """Blocks of a chunk that are here and match their hashes (re-hashed, so: not cheap).
+
+        What is found is recorded: a chunk said to be complete that is damaged no longer is.
+        """
         entry = self._manifests[update].entries[chunk]
         found = Bitfield(entry.num_blocks)
         if not self._path(update).exists():
@@ -197,19 +243,30 @@ class Store:
             data = os.pread(descriptor, size, self._offsets[update][chunk] + block * step)
             if hashlib.sha256(data).digest() == entry.block_hash(block):
                 found.add(block)
+        if found.complete and chunk not in self._complete[update]:
+            self.complete_chunk(update, chunk, PeerId(""))  # killed before its source was recorded
+        elif not found.complete and chunk in self._complete[update]:
+            with self._recording():
+                self._db.execute(
+                    "DELETE FROM chunks WHERE manifest = ? AND chunk = ?", (update, chunk)
+                )
+            self._complete[update].discard(chunk)
         return found
 
     def complete_chunk(self, update: UpdateId, chunk: int, source: PeerId) -> None:
         """Record that every block of a chunk is here and verified."""
         size = self._manifests[update].entries[chunk].size
-        # Not committed one by one: a restart hashes what is there anyway.
-        self._db.execute(
-            "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?)", (update, chunk, size, source)
-        )
-        complete = self._complete[update]
-        complete.add(chunk)
-        if complete.complete:
-            self._db.commit()
+        with self._recording():
+            self._db.execute(
+                "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?)", (update, chunk, size, source)
+            )
+        self._complete[update].add(chunk)
+
+    def _place(self, update: UpdateId, chunk: int, offset: int, size: int) -> int:
+        """Where in the update's file those bytes of a chunk are."""
+        if offset < 0 or size < 0 or offset + size > self._manifests[update].entries[chunk].size:
+            raise LocalProtocolError(f"{size} bytes at {offset} are beyond chunk {chunk}")
+        return self._offsets[update][chunk] + offset
 
     def _path(self, update: UpdateId) -> Path:
         return self._updates_dir / update.hex()
@@ -239,7 +296,7 @@ class Store:
         counted: Iterable[UpdateId],
     ) -> None:
         """Record a round whose checkpoint is written: it will not be done again."""
-        with self._db:
+        with self._recording():
             self._db.execute(
                 "INSERT OR REPLACE INTO rounds VALUES (?, ?, ?, ?)",
                 (round, closed_by, model_hash, report),
@@ -258,18 +315,17 @@ class Store:
 
     def prune(self, round: int) -> list[UpdateId]:
         """Forget updates too old to serve or to fill with, now that ``round`` begins."""
-        newest: dict[tuple[PeerId, int], int] = {}
+        newest: defaultdict[tuple[PeerId, int], int] = defaultdict(int)
         for update, manifest in self._manifests.items():
             for chunk in self._complete[update]:
                 key = (manifest.owner, chunk)
-                newest[key] = max(newest.get(key, 0), manifest.round)
+                newest[key] = max(newest[key], manifest.round)
         forgotten = [
             update
             for update, manifest in self._manifests.items()
-            if manifest.round <= round - self._keep_rounds
-            and not self._fills(update, round, newest)
+            if manifest.round < round - self._keep_rounds and not self._fills(update, round, newest)
         ]
-        with self._db:
+        with self._recording():
             for update in forgotten:
                 self._db.execute("DELETE FROM manifests WHERE id = ?", (update,))
                 self._db.execute("DELETE FROM counted WHERE manifest = ?", (update,))
@@ -277,7 +333,7 @@ class Store:
             file = self._files.pop(update, None)
             if file is not None:
                 file.close()
-            self._path(update).unlink(missing_ok=True)
+            self._path(update).unlink(missing_ok=True)  # a chunk still mapped stays readable
             del self._manifests[update], self._offsets[update], self._complete[update]
         return forgotten
 
@@ -306,16 +362,19 @@ def _lock(state_dir: Path) -> IO[bytes]:
 
 def _open_database(state_dir: Path, swarm: bytes) -> sqlite3.Connection:
     path = state_dir / "chunks.sqlite"
-    db = sqlite3.connect(path, check_same_thread=False)
+    # isolation_level: transactions are begun and ended here, never by the module.
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA foreign_keys = ON")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version == 0:
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            with db:
-                db.execute("INSERT INTO swarm VALUES (?)", (swarm,))
+            db.execute("BEGIN")
+            for statement in (*_SCHEMA, f"PRAGMA user_version = {SCHEMA_VERSION}"):
+                db.execute(statement)
+            db.execute("INSERT INTO swarm VALUES (?)", (swarm,))
+            db.execute("COMMIT")
         elif version != SCHEMA_VERSION:
             raise StoreError(
                 f"{path} was written by another version of this library: give this peer a new "
