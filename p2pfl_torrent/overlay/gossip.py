@@ -22,6 +22,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
+from libp2p.stream_muxer.yamux.yamux import YamuxStream
 from libp2p.tools.anyio_service import background_trio_service
 
 from p2pfl_torrent.core.errors import LocalProtocolError
@@ -155,8 +156,8 @@ async def open_gossip(host: Host, limits: GossipLimits | None = None) -> AsyncIt
         except BaseException as error:  # noqa: BLE001 - raised again below,
             failure = error  # outside the nurseries that would wrap it in a group
         finally:
-            for protocol in gossip._router.get_protocols():
-                host.remove_handler(protocol)
+            with trio.CancelScope(shield=True):
+                await pubsub.part()
     if failure is not None:
         raise failure
 
@@ -175,13 +176,31 @@ class _GuardedPubsub(Pubsub):
         self._counters = counters
         self._inbound: Counter[ID] = Counter()
         self._meeting: set[ID] = set()
+        self._readers: set[Stream] = set()
+        self._swarm = host.swarm
+        self._notifee = host.swarm.notifees[-1]  # the one just registered
         self._messages = TokenBuckets(limits.messages_per_second, limits.message_burst)
         self._entries = TokenBuckets(limits.entries_per_second, limits.entry_burst)
 
     def meet(self, peer_id: ID) -> None:
         """Opens our stream to a peer that speaks gossip, unless there is one or it is under way."""
-        if peer_id not in self.peers:
+        stream = self.peers.get(peer_id)
+        if stream is None:
             self._schedule_peer_stream_retry(peer_id)
+        elif _is_dead(stream):  # the library would find out at the next message, and lose that
+            self._handle_dead_peer(peer_id)
+
+    async def part(self) -> None:
+        """Resets all gossip streams, so that neighbours do not take us for a silent listener."""
+        self._swarm.remove_notifee(self._notifee)
+        for protocol in self.protocols:
+            self.host.remove_stream_handler(protocol)
+        async with trio.open_nursery() as nursery:
+            for reader in self._readers:
+                nursery.start_soon(reader.reset)
+            for stream in self.peers.values():
+                nursery.start_soon(stream.reset)
+        self.seen_messages.stop()  # ends its thread
 
     async def _handle_new_peer(self, peer_id: ID) -> None:
         if peer_id in self._meeting:  # else both would open a stream, and one be forgotten open
@@ -218,6 +237,7 @@ class _GuardedPubsub(Pubsub):
         self.meet(peer_id)
         reader = Stream(cast(NetStream, stream), stream.get_protocol() or "")
         self._inbound[peer_id] += 1
+        self._readers.add(reader)
         try:
             while self.manager.is_running:
                 await self._receive(peer_id, await _read_rpc(reader))
@@ -232,6 +252,7 @@ class _GuardedPubsub(Pubsub):
             log.warning("gossip from %s could not be handled", peer_id, exc_info=True)
         finally:
             self._inbound[peer_id] -= 1
+            self._readers.discard(reader)
             self._forget_all_subscriptions(peer_id)
         await reader.reset()
 
@@ -316,6 +337,11 @@ class _GuardedPubsub(Pubsub):
             callback(str(originator), publish_message.data)
         except Exception:  # a subscriber's bug must not keep the message from the others
             log.exception("a gossip callback failed")
+
+
+def _is_dead(stream: INetStream) -> bool:
+    muxed = cast(YamuxStream, cast(NetStream, stream).muxed_stream)
+    return muxed.closed or muxed.send_closed or muxed.conn.is_closed
 
 
 def _joined(first: rpc_pb2.RPC, queue: RpcQueue) -> rpc_pb2.RPC:

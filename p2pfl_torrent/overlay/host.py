@@ -55,35 +55,32 @@ class Host:
     Attributes:
         peer_id: ours.
         limits: what strangers may take from us.
+        swarm: the library's network below, for the other parts of this room.
+        libp2p: the library's host, likewise.
     """
 
     def __init__(self, identity: Identity, limits: HostLimits) -> None:
         self.peer_id = identity.peer_id
         self.limits = limits
-        self._swarm = GuardedSwarm(identity, limits)
-        self._basic = BasicHost(self._swarm, disable_identify_address_discovery=True)
-        self._swarm.set_stream_handler(self._serve_stream)
-        self._links = _Links(self._swarm)
-        self._swarm.register_notifee(self._links)
+        self.swarm = GuardedSwarm(identity, limits)
+        self.libp2p = BasicHost(self.swarm, disable_identify_address_discovery=True)
+        self.swarm.set_stream_handler(self._serve_stream)
+        self._links = _Links(self.swarm)
+        self.swarm.register_notifee(self._links)
         self._dialling: dict[str, trio.Lock] = {}
-
-    @property
-    def libp2p(self) -> BasicHost:
-        """The library's host, for the other parts of this room (gossip)."""
-        return self._basic
 
     # Who and where
 
     def addrs(self) -> tuple[str, ...]:
         """The addresses others can dial, each with ``/p2p/`` and our id; wildcards expanded."""
-        bound = [addr for one in self._swarm.listeners.values() for addr in one.get_addrs()]
+        bound = [addr for one in self.swarm.listeners.values() for addr in one.get_addrs()]
         usable = [str(addr) for wild in bound for addr in _expanded(wild)]
         return tuple(f"{addr}/p2p/{self.peer_id}" for addr in dict.fromkeys(usable))
 
     def connected(self) -> set[str]:
         """Ids of the peers with an open connection. A frozen peer stays among them: the library
         has no keep-alive, so liveness is decided above."""
-        return {str(peer) for peer in self._swarm.connections if self._swarm.open_connections(peer)}
+        return {str(peer) for peer in self.swarm.connections if self.swarm.open_connections(peer)}
 
     def on_connect(self, callback: PeerCallback) -> None:
         """Calls ``callback(peer_id)`` when the first connection to a peer opens."""
@@ -117,13 +114,13 @@ class Host:
                 self._dialling.pop(peer_id, None)
 
     async def _connect(self, peer: ID, addrs: Sequence[str]) -> None:
-        if self._swarm.open_connections(peer):
+        if self.swarm.open_connections(peer):
             return
-        if self._swarm.full():
+        if self.swarm.full():
             raise DialError(f"there are {self.limits.connections} connections already")
         if not addrs:
             raise DialError(f"no address of {peer} is known")
-        self._swarm.unblock_peer(peer)  # one failed dial blocks a peer for 60 s in the library
+        self.swarm.unblock_peer(peer)  # one failed dial blocks a peer for 60 s in the library
         failures = await first_to_answer(addrs, partial(self._dial, peer))
         if failures is not None:
             raise DialError(f"cannot reach {peer}: {'; '.join(failures)}")
@@ -137,15 +134,15 @@ class Host:
         if named not in (None, str(peer)):
             raise DialError(f"{address} is another peer's address")
         try:
-            await self._swarm.dial_addr(maddr, peer)
+            await self.swarm.dial_addr(maddr, peer)
         except (BaseLibp2pError, OSError, ValueError) as error:
             raise DialError(f"{address}: {_innermost(error)}") from error
 
     async def disconnect(self, peer_id: str) -> None:
         """Closes every connection to a peer; takes at most about two seconds."""
         async with trio.open_nursery() as nursery:
-            for conn in self._swarm.open_connections(ID.from_base58(peer_id)):
-                nursery.start_soon(self._swarm.drop, conn)
+            for conn in self.swarm.open_connections(ID.from_base58(peer_id)):
+                nursery.start_soon(self.swarm.drop, conn)
 
     # Streams
 
@@ -166,11 +163,11 @@ class Host:
                 raise
             await stream.close()
 
-        self._basic.set_stream_handler(TProtocol(protocol), serve)
+        self.libp2p.set_stream_handler(TProtocol(protocol), serve)
 
     def remove_handler(self, protocol: str) -> None:
         """Refuses ``protocol`` from now on; streams that are open go on."""
-        self._basic.remove_stream_handler(TProtocol(protocol))
+        self.libp2p.remove_stream_handler(TProtocol(protocol))
 
     async def open_stream(self, peer_id: str, protocol: str, timeout: float) -> Stream:
         """A new stream to a connected peer, over its newest connection: one round trip.
@@ -179,7 +176,7 @@ class Host:
             StreamBroken: not connected, or the peer refused, broke off, or did not answer within
                 ``timeout`` seconds.
         """
-        conns = self._swarm.open_connections(ID.from_base58(peer_id)) if peer_id else []
+        conns = self.swarm.open_connections(ID.from_base58(peer_id)) if peer_id else []
         if not conns:
             raise StreamBroken(f"not connected to {peer_id}")
         try:
@@ -210,7 +207,7 @@ class Host:
         """Every inbound stream passes here: the border no exception crosses."""
         remote = net.muxed_conn.peer_id
         try:
-            protocol, handler = await self._basic.multiselect.negotiate(
+            protocol, handler = await self.libp2p.multiselect.negotiate(
                 BoundedCommunicator(StreamPipe(cast(NetStream, net))),
                 int(self.limits.negotiation_timeout),
             )
@@ -251,10 +248,10 @@ class Host:
     async def _close(self) -> None:
         """Says goodbye to all peers at once, and leaves nothing open, in about two seconds."""
         async with trio.open_nursery() as nursery:
-            for conn in self._swarm.get_connections():
-                nursery.start_soon(self._swarm.drop, conn)
+            for conn in self.swarm.get_connections():
+                nursery.start_soon(self.swarm.drop, conn)
         with trio.move_on_after(GRACE):
-            await self._basic.close()
+            await self.libp2p.close()
 
 
 @asynccontextmanager
@@ -267,7 +264,7 @@ async def open_host(
         HostError: an address is malformed, not ours, or taken; nothing is left behind.
     """
     host = Host(identity, limits or HostLimits())
-    swarm = host._swarm
+    swarm = host.swarm
     bound = await host._bind(listen)
     failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
@@ -297,7 +294,7 @@ class _Links(INotifee):
     """Turns the library's notices about connections into ours about peers."""
 
     def __init__(self, swarm: GuardedSwarm) -> None:
-        self._swarm = swarm
+        self.swarm = swarm
         self._peers: set[ID] = set()
         self.connect_callbacks: list[PeerCallback] = []
         self.disconnect_callbacks: list[PeerCallback] = []
@@ -310,10 +307,10 @@ class _Links(INotifee):
 
     async def disconnected(self, network: INetwork, conn: INetConn) -> None:
         peer = conn.muxed_conn.peer_id
-        if peer in self._peers and not self._swarm.open_connections(peer):
+        if peer in self._peers and not self.swarm.open_connections(peer):
             self._peers.discard(peer)
-            if peer in self._swarm.peerstore.peer_ids():  # else it grows with every stranger
-                self._swarm.peerstore.clear_peerdata(peer)
+            if peer in self.swarm.peerstore.peer_ids():  # else it grows with every stranger
+                self.swarm.peerstore.clear_peerdata(peer)
             _tell(self.disconnect_callbacks, str(peer))
 
     async def opened_stream(self, network: INetwork, stream: INetStream) -> None:
@@ -343,8 +340,12 @@ async def _reset(net: INetStream) -> None:
 
 
 def _expanded(maddr: Multiaddr) -> list[Multiaddr]:
-    if str(maddr).startswith(("/ip4/0.0.0.0/", "/ip6/::/")):
-        return expand_wildcard_address(maddr)
+    """The addresses behind a wildcard, those of the network first, loopback last."""
+    for wildcard, loopback in (("/ip4/0.0.0.0/", "/ip4/127.0.0.1/"), ("/ip6/::/", "/ip6/::1/")):
+        if str(maddr).startswith(wildcard):
+            local = Multiaddr(str(maddr).replace(wildcard, loopback, 1))
+            outside = [one for one in expand_wildcard_address(maddr) if one not in (maddr, local)]
+            return [*outside, local]
     return [maddr]
 
 

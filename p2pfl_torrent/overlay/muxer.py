@@ -136,19 +136,17 @@ class BoundedYamux(Yamux):
         frame: _Frame | None = None
         try:
             while True:
-                if not self._control and not self._frames:
+                # A frame that woke us may have been taken back: hence the loop.
+                while not self._control and not self._frames:
                     self._wake = trio.Event()
                     await self._wake.wait()
                 frame = self._frames.popleft() if self._frames else None
-                parts = [*self._control, frame.data] if frame else list(self._control)
+                control = b"".join(self._control)
                 self._control.clear()
                 self._drained.set()
                 with trio.fail_after(FRAME_STALL):
-                    if sum(map(len, parts)) <= MAX_NOISE_PLAINTEXT:
-                        await self.secured_conn.write(b"".join(parts))
-                    else:
-                        await self.secured_conn.write(b"".join(parts[:-1]))
-                        await self.secured_conn.write(parts[-1])
+                    for message in _noise_messages(control, frame.data if frame else b""):
+                        await self.secured_conn.write(message)
                 if frame is not None:
                     frame.sent = True
                     frame.done.set()
@@ -252,3 +250,10 @@ class YamuxOnly(MuxerMultistream):
             conn, conn.is_initiator, DEFAULT_NEGOTIATE_TIMEOUT
         )
         return self._annotate_connection(BoundedYamux(conn, peer_id, self._gate), conn, protocol)
+
+
+def _noise_messages(control: bytes, data: bytes) -> list[bytes]:
+    """What to encrypt at a time; never nothing, which the other side takes for the end."""
+    if len(control) + len(data) <= MAX_NOISE_PLAINTEXT:
+        return [control + data]
+    return [part for part in (control, data) if part]

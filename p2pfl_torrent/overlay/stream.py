@@ -99,6 +99,8 @@ class Stream:
         """
         with self._alone("_reading"), self._errors("read"):
             with _deadline(timeout) as deadline:
+                if len(self._got) >= count:  # a loop over small messages must let others run too
+                    await trio.lowlevel.checkpoint()
                 while len(self._got) < count:
                     self._got += await self._receive(READ_AHEAD)
             if deadline.cancelled_caught:
@@ -114,9 +116,11 @@ class Stream:
         try:
             return await self._yamux.take(self._muxed, limit)
         except MuxedStreamEOF:
-            # The library says the same when the connection is gone, however it went.
+            # The library says the same after a reset, and when the connection is gone.
             if self._yamux.event_shutting_down.is_set():
                 raise StreamBroken(f"the connection to {self.remote} is gone") from None
+            if self._muxed.reset_received:
+                raise StreamBroken(f"{self.remote} reset the stream") from None
             if self._got:
                 raise StreamBroken(f"{self.remote} ended the stream in mid-message") from None
             raise EndOfStream(f"{self.remote} ended the stream") from None

@@ -146,8 +146,8 @@ async def test_gossip_survives_the_loss_of_one_of_two_connections() -> None:
         await until(lambda: a.neighbours(TOPIC) == {other.peer_id})
         await until(lambda: b.neighbours(TOPIC) == {one.peer_id})
         used = a._pubsub.peers[next(iter(a._pubsub.peers))].muxed_conn
-        (conn,) = [c for c in one._swarm.get_connections() if c.muxed_conn is used]
-        await one._swarm.drop(conn)
+        (conn,) = [c for c in one.swarm.get_connections() if c.muxed_conn is used]
+        await one.swarm.drop(conn)
         if not one.connected():  # the dials did not cross: there was only one connection
             await one.connect(other.peer_id, other.addrs(), PATIENCE)
 

@@ -99,6 +99,18 @@ async def test_a_reset_breaks_both_ends() -> None:
             await far.write(b"x", PATIENCE)
 
 
+async def test_a_reset_between_messages_is_no_clean_end() -> None:
+    async with a_stream() as (near, far):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(near.reset)
+            with pytest.raises(StreamBroken) as caught:
+                await far.read_exactly(1, PATIENCE)
+        assert not isinstance(caught.value, EndOfStream)
+        with pytest.raises(StreamBroken) as caught:
+            await far.read_exactly(1, PATIENCE)
+        assert not isinstance(caught.value, EndOfStream)
+
+
 async def test_a_read_that_times_out_loses_nothing() -> None:
     async with a_stream() as (near, far):
         await near.write(b"abc", PATIENCE)
@@ -147,7 +159,7 @@ async def test_a_cancelled_write_leaves_the_connection_whole() -> None:
 
         async def swallow(stream: Stream) -> None:
             while True:
-                await stream.read_exactly(1, PATIENCE)
+                await stream.read_exactly(10_000, PATIENCE)
 
         theirs.set_handler(PIPE, swallow)
         for number in range(20):

@@ -1,0 +1,81 @@
+"""Parses the command line, runs a command, and turns what went wrong into one sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
+
+from p2pfl_torrent.cli.arguments import parse
+from p2pfl_torrent.core.errors import P2PFLError
+
+SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
+
+COMMANDS = {
+    "bootstrap": "p2pfl_torrent.cli.bootstrap",
+    "join": "p2pfl_torrent.cli.join",
+    "demo": "p2pfl_torrent.cli.demo",
+    "config-reference": "p2pfl_torrent.cli.config_reference",
+}
+"""Command -> the module with its ``run(arguments) -> exit code``, imported when it is called."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``p2pfl-torrent`` with these arguments (by default the process's own).
+
+    Returns:
+        0 for success, 1 for a failure told in one sentence on stderr, 2 for arguments that cannot
+        be understood, 130 after Ctrl-C or SIGTERM.
+    """
+    try:
+        arguments = parse(argv)
+    except SystemExit as told:  # argparse has printed help or its error already
+        return told.code if isinstance(told.code, int) else FAILURE
+    try:
+        with _sigterm_interrupts():
+            run: Callable[[object], int] = import_module(COMMANDS[arguments.command]).run
+            return run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output is gone; nothing is left to tell, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except P2PFLError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _tell(str(error))
+        return FAILURE
+    except Exception as error:  # noqa: BLE001 - the last line: a bug is told without a traceback
+        if arguments.debug:
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        _tell(f"This is a bug ({what}); run it again with --debug and report what it prints.")
+        return FAILURE
+
+
+def _tell(sentence: str) -> None:
+    print(f"p2pfl-torrent: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
