@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,24 +26,19 @@ __all__ = [
     "RoundReport",
 ]
 
-_HOMES = {
-    "PeerConfig": "p2pfl_torrent.config",
-    "ConfigError": "p2pfl_torrent.core.errors",
-    "GenesisMismatchError": "p2pfl_torrent.core.errors",
-    "P2PFLError": "p2pfl_torrent.core.errors",
-    "OwnerReport": "p2pfl_torrent.core.reports",
-    "PeerEvent": "p2pfl_torrent.core.reports",
-    "PeerStatistics": "p2pfl_torrent.core.reports",
-    "RoundReport": "p2pfl_torrent.core.reports",
-    "AsyncPeer": "p2pfl_torrent.peer",
-    "Peer": "p2pfl_torrent.peer",
-    "PeerStoppedError": "p2pfl_torrent.peer",
-}
-
 
 def __getattr__(name: str) -> Any:
     # The peer brings torch and libp2p, seconds to import, the configuration numpy and networkx:
     # only whoever uses them pays for them, and `p2pfl-torrent --help` comes at once.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home: Any = None
+    if name in ("AsyncPeer", "Peer", "PeerStoppedError"):
+        from p2pfl_torrent import peer as home
+    elif name == "PeerConfig":
+        from p2pfl_torrent import config as home
+    elif name in ("ConfigError", "GenesisMismatchError", "P2PFLError"):
+        from p2pfl_torrent.core import errors as home
+    elif name in ("OwnerReport", "PeerEvent", "PeerStatistics", "RoundReport"):
+        from p2pfl_torrent.core import reports as home
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(home, name)

@@ -7,9 +7,9 @@ import signal
 import sys
 import threading
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from types import FrameType
 
 from p2pfl_torrent.cli.arguments import parse
@@ -17,13 +17,18 @@ from p2pfl_torrent.core.errors import P2PFLError
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
 
-COMMANDS = {
-    "bootstrap": "p2pfl_torrent.cli.bootstrap",
-    "join": "p2pfl_torrent.cli.join",
-    "demo": "p2pfl_torrent.cli.demo",
-    "config-reference": "p2pfl_torrent.cli.config_reference",
-}
-"""Command -> the module with its ``run(arguments) -> exit code``, imported when it is called."""
+
+def _command(name: str) -> Callable[[Namespace], int]:
+    """The function of a command; its module, and what that needs, is imported only now."""
+    if name == "bootstrap":
+        from p2pfl_torrent.cli.bootstrap import run
+    elif name == "join":
+        from p2pfl_torrent.cli.join import run
+    elif name == "demo":
+        from p2pfl_torrent.cli.demo import run
+    else:
+        from p2pfl_torrent.cli.config_reference import run
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return told.code if isinstance(told.code, int) else FAILURE
     try:
         with _sigterm_interrupts():
-            run: Callable[[object], int] = import_module(COMMANDS[arguments.command]).run
-            return run(arguments)
+            return _command(arguments.command)(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

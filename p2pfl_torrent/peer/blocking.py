@@ -185,8 +185,17 @@ class Peer:
         assert self._token is not None
         try:
             return trio.from_thread.run_sync(self._node.statistics, trio_token=self._token)
-        except trio.RunFinishedError:
-            raise self._stopped() from None
+        except (trio.RunFinishedError, trio.Cancelled):
+            raise PeerStoppedError("This peer has stopped.") from None
+
+    def snapshot(self) -> PeerStatistics | None:
+        """``statistics``, or None while the peer is not up: for recorders in other threads."""
+        if self._token is None or not self._ready.is_set() or self._error is not None:
+            return None
+        try:
+            return self.statistics()
+        except PeerStoppedError:
+            return None
 
     def events(self, backlog: int = DEFAULT_BACKLOG) -> Subscription:
         """Events from now on, as a blocking iterator for another thread."""
