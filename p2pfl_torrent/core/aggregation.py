@@ -174,14 +174,18 @@ def _mean_of_doubles(
     """As ``_mean``, also where finite values times their weights are too large for float64."""
     with np.errstate(over="ignore", invalid="ignore"):
         _mean(tiles, acc, term)
-    if np.isfinite(acc).all():
+    overflown = ~np.isfinite(acc)
+    if not overflown.any():
         return
     # A power of two that brings the weights' sum to 1 or less: nothing but the range changes.
     shift = -math.frexp(math.fsum(weight for weight, _ in tiles))[1]
     limit = np.finfo(np.float64).max
+    scaled = np.empty_like(acc)
     with np.errstate(over="ignore"):
-        _mean([(math.ldexp(weight, shift), values) for weight, values in tiles], acc, term)
-    np.clip(acc, -limit, limit, out=acc)  # the division may round up past the largest value
+        _mean([(math.ldexp(weight, shift), values) for weight, values in tiles], scaled, term)
+    np.clip(scaled, -limit, limit, out=scaled)  # the division may round up past the largest value
+    # Only where it is needed, so that a value never depends on its neighbours in the tile.
+    np.copyto(acc, scaled, where=overflown)
 
 
 def _floats(dtype: str, values: Array) -> npt.NDArray[np.floating]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.tensors import (
     MAX_DIMENSIONS,
+    Array,
     ModelSpec,
     TensorSpec,
     array_bytes,
@@ -68,12 +69,13 @@ def test_arrays_of_a_spec_pass_and_are_hashed_whole(spec: ModelSpec, seed: int) 
 def test_arrays_that_are_not_the_specs_are_named() -> None:
     spec = ModelSpec((F32,))
     good = np.zeros((2, 3), np.float32)
-    for arrays, says in [
+    cases: list[tuple[dict[str, Array], str]] = [
         ({}, "'a' is missing"),
         ({"a": good.astype(np.float64)}, "'a' is float64"),
         ({"a": good.T}, "expected F32"),
         ({"a": good, "b": good}, "'b' is not part"),
-    ]:
+    ]
+    for arrays, says in cases:
         with pytest.raises(ConfigError, match=says):
             check_arrays(spec, arrays)
 
