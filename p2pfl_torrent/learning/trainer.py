@@ -180,12 +180,12 @@ class Trainer:
             yield
 
 
-@torch.no_grad()
 def set_threads(count: int) -> None:
     """How many threads torch may compute with in this process."""
     torch.set_num_threads(count)
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = EVALUATION_BATCH) -> Evaluation:
     """Score a model in eval mode, on the device of its weights; its modes are left as they were.
 
