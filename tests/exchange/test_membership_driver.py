@@ -14,6 +14,8 @@ from p2pfl_torrent.core.genesis import encode_terms
 from p2pfl_torrent.core.joining import Join, Mismatch, Refused, Sync, Welcome
 from p2pfl_torrent.core.joining import Probe as Question
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.overlay.bootstrap import Registry
+from tests.core.member_network import verify
 from tests.exchange.member_drivers import World, genesis, terms
 
 
@@ -51,9 +53,6 @@ async def test_the_death_of_the_bootstrap_node_changes_nothing(autojump_clock: M
 async def test_a_restarted_bootstrap_node_learns_its_swarm_from_the_members(
     autojump_clock: MockClock,
 ) -> None:
-    from p2pfl_torrent.overlay.bootstrap import Registry
-    from tests.core.member_network import verify
-
     async with a_world("abc") as world:
         for peer in world.peers.values():
             peer.driver.round_changed(1)
