@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import deserialize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import deserialize
 
 from p2pfl_torrent.core.chunking import (
     MAX_CHUNKS,
