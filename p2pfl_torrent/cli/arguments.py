@@ -30,7 +30,6 @@ def _parser() -> argparse.ArgumentParser:
     _demo(commands)
     _bootstrap(commands)
     _join(commands)
-    _config_reference(commands)
     return parser
 
 
@@ -58,11 +57,12 @@ def _demo(commands: Any) -> None:
         "p2pfl-torrent demo --peers 6 --rounds 8 --topology mesh --json demo.json",
     )  # fmt: skip
     add = command.add_argument
-    add("--peers", type=_count(2, MAX_PEERS), default=6, metavar="N", help="peers, each a process")
-    add("--rounds", type=_count(1), default=8, metavar="R")
-    add("--topology", choices=TOPOLOGIES, default=None, help="overlay (mesh)")
+    add("--peers", type=_count(2, MAX_PEERS), metavar="N", help="peers, each a process (6)")
+    add("--rounds", type=_count(1), default=8, metavar="R", help="rounds (8)")
+    add("--topology", choices=TOPOLOGIES, help="overlay (mesh)")
     add("--graph", metavar="FILE",
-        help="YAML with the neighbours of each peer, as in 1: [2, 3]; makes the topology custom")  # fmt: skip
+        help="YAML with each peer's neighbours, such as examples/custom_graph.yaml; "
+        "makes the topology custom, and says how many peers there are")  # fmt: skip
     add("--connections", type=_count(1), metavar="K", help="neighbours per peer of a mesh (3)")
     add("--partition", metavar="SCHEME",
         help="who gets which data: iid, dirichlet(0.5), label_skew(2) (the recipe's)")  # fmt: skip
@@ -93,7 +93,7 @@ def _bootstrap(commands: Any) -> None:
 def _join(commands: Any) -> None:
     command = _command(
         commands, "join", "train the configuration's task as a member of its swarm",
-        "p2pfl-torrent join examples/swarm.yaml --part 1/3 "
+        "p2pfl-torrent join examples/swarm.yaml --part 1/2 "
         "--bootstrap /ip4/127.0.0.1/tcp/4001/p2p/12D3KooW...",
     )  # fmt: skip
     add = command.add_argument
@@ -105,17 +105,8 @@ def _join(commands: Any) -> None:
     add("--rounds", type=_count(1), metavar="N", help="rounds; all peers must agree")
     add("--state", metavar="DIR", help="identity, chunks and checkpoints; resumes what is there")
     add("--run-dir", metavar="DIR", help="write events and logs here")
-    add("--events", action="store_true", help="print events as JSON lines instead of the view")
+    add("--plain", action="store_true", help="print lines instead of redrawing a view")
     _json(command, "the reports of all rounds")
-
-
-def _config_reference(commands: Any) -> None:
-    command = _command(
-        commands, "config-reference", "print the reference of all configuration keys as Markdown",
-        "p2pfl-torrent config-reference --output docs/reference/configuration.md",
-    )  # fmt: skip
-    command.add_argument("--output", metavar="FILE", help="write it there instead")
-    _json(command, "the keys")
 
 
 def _count(least: int, most: int = 1 << 31) -> Any:
@@ -125,7 +116,7 @@ def _count(least: int, most: int = 1 << 31) -> Any:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{value} must be from {least} to {most}")
         return value
 
     return count

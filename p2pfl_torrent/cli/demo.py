@@ -71,7 +71,9 @@ def _config(arguments: Namespace) -> PeerConfig:
         graph = _graph(Path(arguments.graph))
         peers = len(graph)
     elif topology == "custom":
-        raise ConfigError("--topology custom needs --graph FILE, such as examples/custom_graph.yaml.")
+        raise ConfigError(
+            "--topology custom needs --graph FILE, such as examples/custom_graph.yaml."
+        )
     task: dict[str, Any] = {"recipe": arguments.recipe}
     if arguments.partition:
         task["partition"] = arguments.partition

@@ -24,10 +24,8 @@ def _command(name: str) -> Callable[[Namespace], int]:
         from p2pfl_torrent.cli.bootstrap import run
     elif name == "join":
         from p2pfl_torrent.cli.join import run
-    elif name == "demo":
-        from p2pfl_torrent.cli.demo import run
     else:
-        from p2pfl_torrent.cli.config_reference import run
+        from p2pfl_torrent.cli.demo import run
     return run
 
 
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as told:  # argparse has printed help or its error already
         return told.code if isinstance(told.code, int) else FAILURE
     try:
-        with _sigterm_interrupts():
+        with _interruptible():
             return _command(arguments.command)(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -69,17 +67,21 @@ def _tell(sentence: str) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: cleanly."""
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM both end a command cleanly, by KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, _interrupt)
+    if before[0] is signal.SIG_IGN:  # so a shell without job control starts what it puts behind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    # Not raised here: trio takes SIGINT over while it runs, to interrupt only where that is safe.
+    signal.raise_signal(signal.SIGINT)
