@@ -1,4 +1,4 @@
-"""Federated learning without a server: updates spread as chunks, the way BitTorrent spreads a file."""
+"""Federated learning without a server: updates spread as BitTorrent spreads a file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Makes ``docs/reference/configuration.md`` from the schema: run it after changing a key.
 
-    python scripts/configuration_reference.py           # writes the page
-    python scripts/configuration_reference.py --check   # exit 1 if it is not up to date
+python scripts/configuration_reference.py           # writes the page
+python scripts/configuration_reference.py --check   # exit 1 if it is not up to date
 """
 
 from __future__ import annotations

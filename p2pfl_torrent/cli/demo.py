@@ -2,78 +2,127 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from contextlib import ExitStack
-from multiprocessing import get_context
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
+from rich.console import Console
 
+from p2pfl_torrent.cli.fleet import Fleet, FleetError
+from p2pfl_torrent.cli.join import topology_of
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
-from p2pfl_torrent.cli.task import baseline, load_task, recipe_of, use_one_thread
+from p2pfl_torrent.cli.task import load_task
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import ConfigError, P2PFLError
-from p2pfl_torrent.core.reports import RoundFinished, RoundReport
 from p2pfl_torrent.progress import views
 from p2pfl_torrent.progress.display import Display, console_for
 from p2pfl_torrent.progress.state import SwarmState
-from p2pfl_torrent.runlog import EventTail, read_statistics
+from p2pfl_torrent.runlog import EventTail, LoggedEvent, read_statistics
+from p2pfl_torrent.statistics import Joined, RoundFinished, RoundReport, RoundStarted
 
 POLL = 0.2  # seconds between two looks at the peers' logs
-GRACE = 5.0  # seconds a process gets to leave before it is killed
-BOOT = 60.0  # seconds for the bootstrap node to print its address
+BASELINE_PATIENCE = 3600.0  # seconds; they train as much as the peers did, on one core
 
 
 class DemoError(P2PFLError):
     """The demo could not be carried through."""
 
 
+@dataclass(slots=True)
+class PeerRecord:
+    """What one peer logged that the result is made of."""
+
+    label: str
+    peer_id: str = ""
+    started: dict[int, float] = field(default_factory=dict)
+    finished: dict[int, float] = field(default_factory=dict)
+    reports: dict[int, RoundReport] = field(default_factory=dict)
+
+    def note(self, logged: LoggedEvent) -> None:
+        """Take in an event."""
+        event = logged.event
+        if isinstance(event, Joined):
+            self.peer_id = event.peer
+        elif isinstance(event, RoundStarted):
+            self.started.setdefault(event.round, logged.t)
+        elif isinstance(event, RoundFinished):
+            self.finished[event.report.round] = logged.t
+            self.reports[event.report.round] = event.report
+
+    def lacks(self, total: int) -> int | None:
+        """The first round that this peer did not merge with the others."""
+        for number in range(1, total + 1):
+            report = self.reports.get(number)
+            if report is None or report.solo or report.closed_by == "late":
+                return number
+        return None
+
+
 def run(arguments: Namespace) -> int:
     """Run the swarm, compare, and tell."""
     check_writable(arguments.json)
-    config = _config(arguments)
-    began = time.monotonic()
+    config = demo_config(arguments)
+    peers = config.federate.client_num
+    load_task(config.task, config.swarm.seed, 1, peers)  # what is wrong with the data shows here
+    console = console_for(view_stream(arguments.json))
+    records = [PeerRecord(f"peer-{number}") for number in range(1, peers + 1)]
     with ExitStack() as stack:
-        run_dir = _run_dir(arguments, stack)
-        console = console_for(view_stream(arguments.json))
-        labels = [f"peer-{k}" for k in range(1, config.federate.client_num + 1)]
-        swarm = SwarmState(
-            config.swarm.name,
-            config.topology.type,
-            config.federate.total_round_num,
-            labels,
-        )
-        fleet = stack.enter_context(_Fleet(config, run_dir, labels))
-        with Display(swarm, console) as display:
-            _watch(fleet, display, _bound(arguments, config))
+        run_dir = stack.enter_context(_RunDir(arguments, console))
+        fleet = stack.enter_context(Fleet(run_dir))
+        began = time.monotonic()
+        failed = _swarm(config, fleet, run_dir, records, console, _bound(arguments, config))
         seconds = time.monotonic() - began
-        alone, central = _baselines(config, len(labels))
-        reports = {label: fleet.reports[label] for label in labels}
-        _conclude(console, reports, alone, central)
-        write_json(arguments.json, _result(reports, fleet.peer_ids, alone, central, seconds))
-        if arguments.run_dir or arguments.keep:
-            console.print(f"logs: {run_dir}", markup=False, highlight=False)
+        if not any(record.reports for record in records):
+            raise DemoError(next(iter(failed.values()), "No peer finished a round."))
+        console.print("Comparing with each peer alone and with all data in one place ...")
+        central, *alone = _baselines(config, fleet, run_dir)
+        _conclude(console, records, alone, central)
+        write_json(arguments.json, result(records, alone, central, seconds))
+    lacking = [(r.label, r.lacks(config.federate.total_round_num)) for r in records]
+    for label, number in lacking:
+        if number is not None:
+            why = f": {failed[label]}" if label in failed else "."
+            raise DemoError(f"{label} did not finish round {number} with the others{why}")
+    if failed:
+        label, why = next(iter(failed.items()))
+        raise DemoError(f"{label} failed after its last round: {why}")
     return 0
 
 
-def _config(arguments: Namespace) -> PeerConfig:
+# --- what to run -----------------------------------------------------------------------------
+
+
+def demo_config(arguments: Namespace) -> PeerConfig:
+    """The swarm that the command line describes; ConfigError if it cannot be."""
+    if arguments.graph and arguments.topology not in (None, "custom"):
+        raise ConfigError(
+            f"--graph describes a custom topology, --topology says {arguments.topology}: "
+            "leave one of them out."
+        )
     topology = arguments.topology or ("custom" if arguments.graph else "mesh")
-    peers, graph = arguments.peers, {}
-    if arguments.graph:
-        graph = _graph(Path(arguments.graph))
-        peers = len(graph)
-    elif topology == "custom":
+    if topology == "custom" and not arguments.graph:
         raise ConfigError(
             "--topology custom needs --graph FILE, such as examples/custom_graph.yaml."
         )
+    if arguments.connections and topology != "mesh":
+        raise ConfigError(f"--connections is about a mesh, and the topology is {topology}.")
+    graph = read_graph(Path(arguments.graph)) if arguments.graph else {}
+    peers = arguments.peers or DEFAULT_PEERS
+    if graph:
+        numbers = {*graph, *(other for others in graph.values() for other in others)}
+        if arguments.peers and arguments.peers != len(numbers):
+            raise ConfigError(
+                f"--peers says {arguments.peers}, {arguments.graph} has {len(numbers)} peers: "
+                "leave --peers out."
+            )
+        peers = len(numbers)
     task: dict[str, Any] = {"recipe": arguments.recipe}
     if arguments.partition:
         task["partition"] = arguments.partition
@@ -88,6 +137,7 @@ def _config(arguments: Namespace) -> PeerConfig:
             "federate": {
                 "client_num": peers,
                 "total_round_num": arguments.rounds,
+                # All processes start at once, and share the machine while they import and train.
                 "join_timeout": 60.0 + 5.0 * peers,
                 "train_timeout": 60.0 + 10.0 * peers,
             },
@@ -98,28 +148,59 @@ def _config(arguments: Namespace) -> PeerConfig:
     )
 
 
-def _graph(path: Path) -> dict[int, list[int]]:
+DEFAULT_PEERS = 6
+
+
+def read_graph(path: Path) -> dict[int, list[int]]:
+    """The neighbours of each peer, from YAML with the seed's ``custom_graph``, bare or nested."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}".splitlines()[0]) from error
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not YAML"
+        raise ConfigError(f"{path} cannot be read: {reason}.") from error
     for key in ("topology", "custom_graph"):
         if isinstance(data, dict) and key in data:
             data = data[key]
     try:
-        return msgspec.convert(data, dict[int, list[int]])
+        graph = msgspec.convert(data, dict[int, list[int]])
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path} must hold lines such as '1: [2, 3]' ({error}).") from error
+    if not graph:
+        raise ConfigError(f"{path} names no peer: write lines such as '1: [2, 3]'.")
+    return graph
 
 
-def _run_dir(arguments: Namespace, stack: ExitStack) -> Path:
-    if arguments.run_dir:
-        path = Path(arguments.run_dir)
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-    if arguments.keep:
-        return Path(tempfile.mkdtemp(prefix="p2pfl-demo-"))
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="p2pfl-demo-")))
+class _RunDir:
+    """The demo's directory: the user's, or a temporary one that is gone afterwards."""
+
+    def __init__(self, arguments: Namespace, console: Console) -> None:
+        self._given = arguments.run_dir
+        self._kept = bool(arguments.run_dir or arguments.keep)
+        self._console = console
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._path = Path()
+
+    def __enter__(self) -> Path:
+        if self._given:
+            self._path = Path(self._given)
+            if any(self._path.glob("peer-*")):
+                raise DemoError(f"{self._path} holds a run already: give another --run-dir.")
+            try:
+                self._path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DemoError(f"{self._path} cannot be made: {error.strerror}.") from error
+        elif self._kept:
+            self._path = Path(tempfile.mkdtemp(prefix="p2pfl-demo-"))
+        else:
+            self._temporary = tempfile.TemporaryDirectory(prefix="p2pfl-demo-")
+            self._path = Path(self._temporary.name)
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        elif self._kept:
+            self._console.print(f"Logs: {self._path}", markup=False, soft_wrap=True)
 
 
 def _bound(arguments: Namespace, config: PeerConfig) -> float:
@@ -131,176 +212,139 @@ def _bound(arguments: Namespace, config: PeerConfig) -> float:
     return federate.join_timeout + federate.total_round_num * per_round
 
 
-class _Fleet:
-    """The bootstrap node and the peers, as processes of this one."""
-
-    def __init__(self, config: PeerConfig, run_dir: Path, labels: Sequence[str]) -> None:
-        self.labels = labels
-        self.reports: dict[str, list[RoundReport]] = {label: [] for label in labels}
-        self.peer_ids: dict[str, str] = {}
-        self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.run_dir = run_dir
-        self._config = config
-        self._bootstrap: subprocess.Popen[str] | None = None
-        self._files = ExitStack()
-        self.tails = {label: EventTail(self._dir(label)) for label in labels}
-
-    def _dir(self, label: str) -> Path:
-        path = self.run_dir / label
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def __enter__(self) -> _Fleet:
-        try:
-            self._start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _start(self) -> None:
-        self._bootstrap = self._run("bootstrap", ["bootstrap"], stdout=subprocess.PIPE)
-        assert self._bootstrap.stdout is not None
-        address = self._bootstrap.stdout.readline().strip()
-        if not address:
-            raise DemoError(f"The bootstrap node did not start: {self._error_of('bootstrap')}")
-        config = self._config.with_values(network__bootstrap=[address])
-        file = self.run_dir / "swarm.yaml"
-        file.write_text(config.to_yaml())
-        for number, label in enumerate(self.labels, 1):
-            part = f"{number}/{len(self.labels)}"
-            arguments = ["join", str(file), "--part", part, "--run-dir", str(self._dir(label))]
-            self.processes[label] = self._run(label, arguments, stdout=subprocess.DEVNULL)
-
-    def _run(self, label: str, arguments: list[str], stdout: int) -> subprocess.Popen[str]:
-        errors = self._files.enter_context((self.run_dir / f"{label}.stderr").open("w"))
-        command = [sys.executable, "-m", "p2pfl_torrent", *arguments]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=errors, text=True
-        )
-
-    def _error_of(self, label: str) -> str:
-        lines = (self.run_dir / f"{label}.stderr").read_text().strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
-
-    def check(self) -> bool:
-        """Whether all peers have finished; DemoError if one failed."""
-        codes = {label: process.poll() for label, process in self.processes.items()}
-        for label, code in codes.items():
-            if code not in (None, 0):
-                raise DemoError(f"{label} failed: {self._error_of(label)}")
-        return all(code == 0 for code in codes.values())
-
-    def __exit__(self, *_: object) -> None:
-        running = [p for p in [*self.processes.values(), self._bootstrap] if p is not None]
-        for process in running:
-            process.terminate()
-        deadline = time.monotonic() + GRACE
-        for process in running:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        if self._bootstrap is not None and self._bootstrap.stdout is not None:
-            self._bootstrap.stdout.close()
-        self._files.close()
+# --- running ---------------------------------------------------------------------------------
 
 
-def _watch(fleet: _Fleet, display: Display, bound: float) -> None:
-    """Show the peers until all are done."""
+def _swarm(
+    config: PeerConfig,
+    fleet: Fleet,
+    run_dir: Path,
+    records: list[PeerRecord],
+    console: Console,
+    bound: float,
+) -> Mapping[str, str]:
+    """Run all peers to their end; a sentence for each that failed."""
+    fleet.start("bootstrap", "p2pfl_torrent", ["bootstrap"])
+    address = fleet.first_line("bootstrap")
+    file = run_dir / "swarm.yaml"
+    file.write_text(config.with_values(network__bootstrap=[address]).to_yaml(), encoding="utf-8")
+    labels = [record.label for record in records]
+    for number, label in enumerate(labels, 1):
+        directory = run_dir / label
+        directory.mkdir()
+        arguments = ["join", str(file), "--part", f"{number}/{len(labels)}"]
+        fleet.start(label, "p2pfl_torrent", [*arguments, "--run-dir", str(directory)])
+    swarm = SwarmState(
+        config.swarm.name, topology_of(config), config.federate.total_round_num, labels
+    )
+    with Display(swarm, console) as display:
+        failed = _watch(fleet, run_dir, records, display, bound)
+        fleet.stop(["bootstrap", *labels])
+        for label in fleet.killed:
+            display.say(f"{label} did not leave and was killed")
+    return failed
+
+
+def _watch(
+    fleet: Fleet, run_dir: Path, records: list[PeerRecord], display: Display, bound: float
+) -> dict[str, str]:
+    """Show the peers until all have ended; a sentence for each that failed."""
     deadline = time.monotonic() + bound
-    done = False
-    while not done:
-        done = fleet.check()  # first, so that what was logged last is still read below
-        for label, tail in fleet.tails.items():
-            for logged in tail.poll():
-                display.event(label, logged.event)
-                if isinstance(logged.event, RoundFinished):
-                    fleet.reports[label].append(logged.event.report)
-            snapshot = read_statistics(fleet.run_dir / label)
+    tails = {record.label: EventTail(run_dir / record.label) for record in records}
+    failed: dict[str, str] = {}
+    while True:
+        # Exit codes first, so that what a peer logged last is still read below.
+        codes = {label: fleet.code(label) for label in tails}
+        for record in records:
+            for logged in tails[record.label].poll():
+                record.note(logged)
+                display.event(record.label, logged.event)
+            snapshot = read_statistics(run_dir / record.label)
             if snapshot is not None:
-                fleet.peer_ids[label] = snapshot.peer
-                display.observe(label, snapshot)
+                display.observe(record.label, snapshot)
+        for label, code in codes.items():
+            if code not in (None, 0) and label not in failed:
+                failed[label] = fleet.sentence(label)
+                display.fail(label, failed[label])
         display.refresh()
-        if not done and time.monotonic() > deadline:
-            raise DemoError(f"The demo did not finish within {bound:.0f} s.")
-        if not done:
-            time.sleep(POLL)
-    missing = [label for label in fleet.labels if not fleet.reports[label]]
-    if missing:
-        raise DemoError(f"{missing[0]} ended without finishing a round.")
+        running = [label for label, code in codes.items() if code is None]
+        if not running:
+            return failed
+        if time.monotonic() > deadline:
+            for label in running:
+                failed[label] = f"it did not finish within {bound:.0f} s"
+                display.fail(label, failed[label])
+            return failed
+        time.sleep(POLL)
 
 
-def _baseline(mapping: dict[str, Any], part: int, parts: int) -> float:
-    """In a process of its own: part 0 is all data in one place."""
-    use_one_thread()
-    config = PeerConfig.from_mapping(mapping)
-    task = load_task(config.task, config.swarm.seed, max(1, part), parts)
-    data = task.train if part else task.everything
-    return baseline(task, data, config.federate.total_round_num)
+def _baselines(config: PeerConfig, fleet: Fleet, run_dir: Path) -> list[float]:
+    """Accuracy of central training, then of each peer alone."""
+    label = "baselines"
+    fleet.start(label, "p2pfl_torrent.cli.baselines", [str(run_dir / "swarm.yaml")])
+    found = [float(line) for line in fleet.result(label, BASELINE_PATIENCE)]
+    if len(found) != config.federate.client_num + 1:
+        raise FleetError(f"{label} failed: it gave {len(found)} accuracies.")
+    return found
 
 
-def _baselines(config: PeerConfig, parts: int) -> tuple[list[float], float]:
-    """(accuracy of each peer alone, of central training), with the rounds' budget of epochs."""
-    recipe_of(config.task)
-    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        mapping = config.to_mapping()
-        jobs = [pool.submit(_baseline, mapping, part, parts) for part in range(parts + 1)]
-        central, *alone = [job.result() for job in jobs]
-    return alone, central
+# --- the result ------------------------------------------------------------------------------
 
 
-def _by_round(reports: dict[str, list[RoundReport]]) -> list[tuple[int, list[RoundReport]]]:
-    rounds = sorted({report.round for several in reports.values() for report in several})
-    return [
-        (number, [r for several in reports.values() for r in several if r.round == number])
-        for number in rounds
-    ]
+def _by_round(records: list[PeerRecord]) -> list[tuple[int, list[PeerRecord]]]:
+    """Each round with the peers that finished it."""
+    numbers = sorted({number for record in records for number in record.reports})
+    return [(n, [record for record in records if n in record.reports]) for n in numbers]
 
 
 def _conclude(
-    console: Any, reports: dict[str, list[RoundReport]], alone: list[float], central: float
+    console: Console, records: list[PeerRecord], alone: list[float], central: float
 ) -> None:
-    console.print(views.rounds_table(_by_round(reports)))
-    comparisons = [
-        views.Comparison(label, own, several[-1].accuracy_before, several[-1].accuracy_after)
-        for (label, several), own in zip(reports.items(), alone, strict=True)
-    ]
+    rounds = [(n, [r.reports[n] for r in several]) for n, several in _by_round(records)]
+    console.print(views.rounds_table(rounds))
+    comparisons = []
+    for record, own in zip(records, alone, strict=True):
+        last = record.reports[max(record.reports)] if record.reports else None
+        before, after = (last.accuracy_before, last.accuracy_after) if last else (None, None)
+        comparisons.append(views.Comparison(record.label, own, before, after))
     console.print(views.comparison_table(comparisons, central))
 
 
-def _result(
-    reports: dict[str, list[RoundReport]],
-    peer_ids: dict[str, str],
-    alone: list[float],
-    central: float,
-    seconds: float,
+def result(
+    records: list[PeerRecord], alone: list[float], central: float, seconds: float
 ) -> dict[str, Any]:
-    label_of = {id(r): label for label, several in reports.items() for r in several}
+    """The demo's JSON, as docs/reference and the design page give it.
+
+    A round's seconds are from its first peer's start of training to its last peer's aggregate.
+    """
+    rounds = []
+    for number, several in _by_round(records):
+        reports = [record.reports[number] for record in several]
+        began = min(record.started.get(number, record.finished[number]) for record in several)
+        rounds.append(
+            {
+                "round": number,
+                "seconds": max(record.finished[number] for record in several) - began,
+                "completeness": sum(r.completeness for r in reports) / len(reports),
+                "bytes_payload": sum(r.bytes_payload for r in reports),
+                "bytes_duplicate": sum(r.bytes_duplicate for r in reports),
+                "hashes_equal": len({r.model_hash for r in reports}) == 1,
+                "peers": [
+                    {
+                        "peer_id": record.peer_id,
+                        "accuracy_local": record.reports[number].accuracy_before,
+                        "accuracy_merged": record.reports[number].accuracy_after,
+                        "model_hash": record.reports[number].model_hash,
+                        "completeness": record.reports[number].completeness,
+                    }
+                    for record in several
+                ],
+            }
+        )
     return {
-        "peers": len(reports),
+        "peers": len(records),
         "seconds": seconds,
         "accuracy_central": central,
         "accuracy_alone": alone,
-        "rounds": [
-            {
-                "round": number,
-                "seconds": max(r.seconds for r in several),
-                "completeness": sum(r.completeness for r in several) / len(several),
-                "bytes_payload": sum(r.bytes_payload for r in several),
-                "bytes_duplicate": sum(r.bytes_duplicate for r in several),
-                "peers": [
-                    {
-                        "peer_id": peer_ids[label_of[id(r)]],
-                        "accuracy_local": r.accuracy_before,
-                        "accuracy_merged": r.accuracy_after,
-                        "model_hash": r.model_hash,
-                        "completeness": r.completeness,
-                    }
-                    for r in several
-                ],
-            }
-            for number, several in _by_round(reports)
-        ],
+        "rounds": rounds,
     }

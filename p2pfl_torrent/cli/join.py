@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from p2pfl_torrent.cli.following import Following
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
-from p2pfl_torrent.cli.task import Task, load_task, score, use_one_thread
+from p2pfl_torrent.cli.task import Task, limit_threads, load_tasks, part_of
 from p2pfl_torrent.config import PeerConfig
-from p2pfl_torrent.core.errors import ConfigError, P2PFLError
+from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.reports import RoundReport
-from p2pfl_torrent.progress.sentences import finished
+from p2pfl_torrent.progress.display import Display, console_for
+from p2pfl_torrent.progress.state import SwarmState
+
+if TYPE_CHECKING:
+    from p2pfl_torrent.learning.trainer import Trainer
+    from p2pfl_torrent.peer import Peer
 
 MAX_SOLO = 3  # rounds in a row without another member; then nobody is coming
+TELL_INTERVAL = 0.1  # seconds between two progress events; a batch takes a millisecond
 
 
 class AloneError(P2PFLError):
@@ -24,69 +33,81 @@ class AloneError(P2PFLError):
 def run(arguments: Namespace) -> int:
     """Train every round of the swarm."""
     check_writable(arguments.json)
-    config = _configured(arguments)
-    part, parts = _part(arguments, config)
-    use_one_thread()
-    task = load_task(config.task, config.swarm.seed, part, parts)
-    out = view_stream(arguments.json)
-
-    def say(line: str) -> None:
-        print(line, file=out, flush=True)
-
-    reports = take_part(config, task, say)
-    write_json(arguments.json, {"rounds": reports})
-    return 0
-
-
-def take_part(config: PeerConfig, task: Task, say: Any) -> list[RoundReport]:
-    """What any program with a model of its own does; a line for each round."""
-    from p2pfl_torrent.learning.models import build
-    from p2pfl_torrent.learning.trainer import Trainer
+    config = configured(arguments)
+    part, parts = part_of(arguments.part, config)
+    [task] = load_tasks(config, parts, [part])
+    limit_threads()
     from p2pfl_torrent.peer import Peer
     from p2pfl_torrent.runlog import Recorder
 
-    recipe = task.recipe
-    model = build(recipe.model, task.train.in_shape, task.train.classes, task.seed)
-    trainer = Trainer(
-        model,
-        task.train,
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        seed=task.seed,
-        on_merge=config.federate.on_merge,
-    )
+    trainer = task.trainer()
+    calibration = list(trainer.batches()) if config.chunk.norm_policy == "recalibrate" else None
     peer = Peer(
-        config.with_values(federate__on_merge="keep"),  # the trainer sees to its optimizer
-        model,
-        evaluate=lambda scored: score(task, scored),
+        config,
+        trainer.model,
+        evaluate=task.score,
+        optimizer=trainer.optimizer,
+        calibration=calibration,
     )
-    reports: list[RoundReport] = []
-    solo = 0
+    label = f"part {part}/{parts}"
+    topology = config.topology.type if config.topology.use else "full"
+    swarm = SwarmState(config.swarm.name, topology, config.federate.total_round_num, [label])
+    console = console_for(view_stream(arguments.json), plain=arguments.plain)
     with ExitStack() as stack:
         if config.storage.run_dir:
-            directory = Path(config.storage.run_dir)
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(Recorder(directory, peer.events(), peer.snapshot))
+            run_dir = Path(config.storage.run_dir)
+            stack.enter_context(Recorder(run_dir, peer.events(), peer.snapshot))
+        display = Display(swarm, console)
+        stack.enter_context(Following(display, label, peer.events(), peer.snapshot))
         stack.enter_context(peer)
-        for address in peer.addrs:
-            say(address)
-        for _ in peer.rounds():
-            result = trainer.train(recipe.epochs, on_batch=peer.progress)
-            report = peer.exchange(num_samples=result.samples, metrics={"loss": result.loss})
-            trainer.merged()
-            reports.append(report)
-            say(finished(report))
-            solo = solo + 1 if report.solo else 0
-            if solo == MAX_SOLO and config.bittorrent.enable:
-                raise AloneError(
-                    f"No other member was there for {MAX_SOLO} rounds; start the others again, "
-                    "and join once more."
-                )
+        addrs = peer.addrs
+        for address in addrs:
+            console.print(address, markup=False, soft_wrap=True)
+        reports = take_part(peer, task, trainer, solo_is_wanted=not config.bittorrent.enable)
+    write_json(arguments.json, {"peer_id": peer.peer_id, "addrs": addrs, "rounds": reports})
+    return 0
+
+
+def take_part(
+    peer: Peer, task: Task, trainer: Trainer, *, solo_is_wanted: bool = False
+) -> list[RoundReport]:
+    """Train and exchange round by round, as any program that embeds ``Peer`` does.
+
+    Raises:
+        AloneError: nobody else has been there for ``MAX_SOLO`` rounds.
+    """
+    reports: list[RoundReport] = []
+    solo = 0
+    for _ in peer.rounds():
+        result = trainer.train(task.recipe.epochs, on_batch=_paced(peer.progress))
+        metrics = {"loss": result.loss, "train_seconds": result.seconds}
+        report = peer.exchange(num_samples=result.samples, metrics=metrics)
+        reports.append(report)
+        solo = solo + 1 if report.solo and not solo_is_wanted else 0
+        if solo == MAX_SOLO:
+            raise AloneError(
+                f"No other member was there for {MAX_SOLO} rounds in a row; start the others "
+                "again, then join once more."
+            )
     return reports
 
 
-def _configured(arguments: Namespace) -> PeerConfig:
+def _paced(tell: Callable[[int, int, float], None]) -> Callable[[int, int, float], None]:
+    """Tell of a batch now and then, and of the last one."""
+    told_at = 0.0
+
+    def on_batch(done: int, total: int, loss: float) -> None:
+        nonlocal told_at
+        now = time.monotonic()
+        if done == total or now - told_at >= TELL_INTERVAL:
+            told_at = now
+            tell(done, total, loss)
+
+    return on_batch
+
+
+def configured(arguments: Namespace) -> PeerConfig:
+    """The file's configuration with what the command line says in its place."""
     config = PeerConfig.load(arguments.config)
     values: dict[str, object] = {}
     if arguments.bootstrap:
@@ -100,15 +121,3 @@ def _configured(arguments: Namespace) -> PeerConfig:
     if arguments.run_dir:
         values["storage__run_dir"] = arguments.run_dir
     return config.with_values(**values)
-
-
-def _part(arguments: Namespace, config: PeerConfig) -> tuple[int, int]:
-    part, parts = arguments.part or (
-        config.task.part,
-        config.task.parts or config.federate.client_num,
-    )
-    if not 1 <= part <= parts:
-        raise ConfigError(
-            f"Say which part of the data is this peer's: --part 1/{parts}, or task.part."
-        )
-    return part, parts

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from p2pfl_torrent.config import TaskSection
+from p2pfl_torrent.config import PeerConfig, TaskSection
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset, load
-from p2pfl_torrent.learning.partition import partition
+from p2pfl_torrent.learning.partition import parse, partition
 from p2pfl_torrent.learning.recipes import RECIPES, Recipe
+
+if TYPE_CHECKING:  # torch takes seconds to load; whoever only looks at a task does not wait for it
+    from p2pfl_torrent.learning.state import Module
+    from p2pfl_torrent.learning.trainer import Trainer
+
+THREADS_VARIABLE = "P2PFL_TORRENT_THREADS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +29,53 @@ class Task:
     """One peer's share of a training task.
 
     Attributes:
-        train: this peer's data; test: what every peer is scored on.
-        everything: all peers' data, for the central baseline.
+        train: the data of this part.
+        test: what every peer is scored on.
+        seed: of the start weights, the same on every peer.
+        part: from 1; 0 is all data in one place.
     """
 
     recipe: Recipe
     train: Dataset
     test: Dataset
-    everything: Dataset
     seed: int
+    part: int
+
+    def trainer(self) -> Trainer:
+        """A trainer of a fresh model: the same start weights for every part, its own shuffling."""
+        from p2pfl_torrent.learning.models import build
+        from p2pfl_torrent.learning.trainer import Trainer
+
+        recipe = self.recipe
+        return Trainer(
+            build(recipe.model, self.train.in_shape, self.train.classes, self.seed),
+            self.train,
+            batch_size=recipe.batch_size,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            seed=self.seed + self.part,
+        )
+
+    def score(self, model: Module) -> Mapping[str, float]:
+        """Loss and accuracy on the test data."""
+        from p2pfl_torrent.learning.trainer import evaluate
+
+        result = evaluate(model, self.test)
+        return {"loss": result.loss, "accuracy": result.accuracy}
 
 
 def recipe_of(section: TaskSection) -> Recipe:
-    """The recipe with the configuration's changes."""
+    """The recipe with the configuration's changes.
+
+    Raises:
+        ConfigError: there is no such recipe, or its data cannot be cut as the text says.
+    """
     recipe = RECIPES.get(section.recipe)
     if recipe is None:
-        raise ConfigError(
-            f"task.recipe: {section.recipe!r} is not known; use one of {', '.join(RECIPES)}."
-        )
+        close = difflib.get_close_matches(section.recipe, RECIPES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(RECIPES)}."
+        raise ConfigError(f"task.recipe {section.recipe!r} is not known: {hint}")
+    parse(section.partition or recipe.partition)
     return replace(
         recipe,
         partition=section.partition or recipe.partition,
@@ -47,43 +85,45 @@ def recipe_of(section: TaskSection) -> Recipe:
     )
 
 
-def load_task(section: TaskSection, seed: int, part: int, parts: int) -> Task:
-    """Part ``part`` (from 1) of ``parts`` of the recipe's data, the same cut on every peer."""
+def part_of(given: tuple[int, int] | None, config: PeerConfig) -> tuple[int, int]:
+    """Which part of how many is this peer's: the given one, or the configuration's.
+
+    Raises:
+        ConfigError: neither says, or there is no such part.
+    """
+    task = config.task
+    part, parts = given or (task.part, task.parts or config.federate.client_num)
+    if not part:
+        raise ConfigError(
+            f"Say which part of the data this peer trains on: --part K/{parts} with K from 1 to "
+            f"{parts}, or task.part in the configuration."
+        )
+    if not 1 <= part <= parts:
+        raise ConfigError(f"task.part is {part}, but the data is cut into {parts} parts.")
+    return part, parts
+
+
+def load_tasks(config: PeerConfig, parts: int, chosen: list[int]) -> list[Task]:
+    """These parts (from 1; 0 is all data) of the recipe's data, cut alike on every peer.
+
+    Raises:
+        ConfigError: the data is not there, or cannot be cut into so many parts.
+    """
+    section, seed = config.task, config.swarm.seed
     recipe = recipe_of(section)
     train, test = load(recipe.dataset, Path(section.data_root) if section.data_root else None)
     cut = partition(recipe.partition, train.y, parts, np.random.default_rng(seed))
-    return Task(recipe, train.subset(cut[part - 1]), test, train, seed)
+    return [
+        Task(recipe, train.subset(cut[part - 1]) if part else train, test, seed, part)
+        for part in chosen
+    ]
 
 
-def use_one_thread() -> None:
-    """Small models train fastest on one thread, and many peers share a machine."""
+def limit_threads() -> None:
+    """One thread unless the user wants more: small models gain nothing, and peers share cores."""
     from p2pfl_torrent.learning.trainer import set_threads
 
-    set_threads(1)
-
-
-def score(task: Task, model: object) -> Mapping[str, float]:
-    """Loss and accuracy on the test data."""
-    from p2pfl_torrent.learning.trainer import evaluate
-
-    result = evaluate(model, task.test)  # type: ignore[arg-type]  # a torch module
-    return {"loss": result.loss, "accuracy": result.accuracy}
-
-
-def baseline(task: Task, data: Dataset, rounds: int) -> float:
-    """Accuracy after as many epochs on ``data`` alone, from the same start weights."""
-    from p2pfl_torrent.learning.models import build
-    from p2pfl_torrent.learning.trainer import Trainer, evaluate
-
-    recipe = task.recipe
-    model = build(recipe.model, data.in_shape, data.classes, task.seed)
-    trainer = Trainer(
-        model,
-        data,
-        batch_size=recipe.batch_size,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        seed=task.seed,
-    )
-    trainer.train(rounds * recipe.epochs)
-    return evaluate(model, task.test).accuracy
+    written = os.environ.get(THREADS_VARIABLE, "1")
+    if not written.isdecimal() or not 1 <= int(written) <= 1024:
+        raise ConfigError(f"{THREADS_VARIABLE} is {written!r}: it must be a number of threads.")
+    set_threads(int(written))

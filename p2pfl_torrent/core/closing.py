@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from p2pfl_torrent.core.aggregation import discount
-
 from p2pfl_torrent.core.events import Count
 from p2pfl_torrent.core.genesis import RoundTerms
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger

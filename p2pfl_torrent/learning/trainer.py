@@ -84,26 +84,15 @@ class Trainer:
     ) -> None:
         _check(dataset, batch_size, lr, momentum, proximal, on_merge)
         self.model = model.to(device)
+        self.dataset = dataset
         self.batch_size = batch_size
         self.proximal = proximal
         self.on_merge = on_merge
         self._device = torch.device(device)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
         self._generator = torch.Generator().manual_seed(seed)
-        self.use(dataset)
-
-    def use(self, dataset: Dataset) -> None:
-        """Train on this data set from now on; the optimizer's state stays as it is."""
-        if not len(dataset):
-            raise ConfigError("Cannot train on an empty data set.")
-        self.dataset = dataset
         self._x = torch.from_numpy(dataset.x).to(self._device)
         self._y = torch.from_numpy(dataset.y).to(self._device)
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """For whoever replaces the weights by other means and wants its state reset then."""
-        return self._optimizer
 
     @property
     def batches_per_epoch(self) -> int:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
 import trio
-from p2pfl_torrent.config import PeerConfig
-from p2pfl_torrent.peer.node import Node, open_node
 
+from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
+from p2pfl_torrent.peer.node import Node, open_node
 
 T = TypeVar("T")
+
+PROGRESS_INTERVAL = 0.1  # seconds between two reports of training progress
 
 
 class PeerStoppedError(P2PFLError):
@@ -62,6 +65,7 @@ class Peer:
         self._stop = trio.Event()
         self._scope = trio.CancelScope()
         self._error: BaseException | None = None
+        self._progress_at = 0.0
 
     # --- the network's thread ----------------------------------------------------------------
 
@@ -178,7 +182,12 @@ class Peer:
 
     def progress(self, done: int, total: int, loss: float | None = None) -> None:
         """Tell watchers how far this round's training is (batches, epochs: any unit)."""
-        self._soon(self._node.progress, done, total, loss)
+        # Each call wakes the network's thread, which costs the training loop its turn: ten a second
+        # are all that anybody can see.
+        now = time.monotonic()
+        if done >= total or now - self._progress_at >= PROGRESS_INTERVAL:
+            self._progress_at = now
+            self._soon(self._node.progress, done, total, loss)
 
     def statistics(self) -> PeerStatistics:
         """A snapshot of what this peer is doing."""

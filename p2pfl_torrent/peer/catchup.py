@@ -74,8 +74,9 @@ class CatchUp:
         self, members: Callable[[], Sequence[PeerId]], at_least: int, patience: float
     ) -> Taken | None:
         """The swarm's state of round ``at_least`` or later; None if none came in ``patience`` s."""
-        with trio.move_on_after(patience):
-            while True:
+        deadline = trio.current_time() + patience
+        with trio.move_on_at(deadline):
+            while trio.current_time() < deadline:
                 asked = members()
                 claims = await self.claims(asked)
                 for round, base_hash, attested in self._ranked(claims, at_least, len(asked)):

@@ -7,12 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from p2pfl_torrent.config import PeerConfig
-
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.reports import RoundReport
 from p2pfl_torrent.core.tensors import Array, Arrays
 from p2pfl_torrent.learning.norms import recalibrate
-from p2pfl_torrent.learning.state import Module, Optimizer, describe, load_arrays, snapshot, to_arrays
+from p2pfl_torrent.learning.state import (
+    Module,
+    Optimizer,
+    describe,
+    load_arrays,
+    snapshot,
+    to_arrays,
+)
 
 Evaluate = Callable[[Module], Mapping[str, float]]
 """Scores a model; the keys ``loss`` and ``accuracy`` are shown before and after merging."""

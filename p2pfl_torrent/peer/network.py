@@ -87,7 +87,7 @@ def parse_bootstrap(addrs: Sequence[str]) -> list[tuple[PeerId, str]]:
         try:
             address = Multiaddr(text)
             peer = address.get_peer_id()
-        except Exception as error:  # noqa: BLE001 - multiaddr raises its parsers' own errors
+        except Exception as error:
             raise ConfigError(f"network.bootstrap: {text!r} is not a multiaddress.") from error
         if peer is None:
             raise ConfigError(

@@ -39,7 +39,7 @@ from p2pfl_torrent.core.topology import neighbours
 from p2pfl_torrent.core.uploads import UploadPolicy
 from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
 from p2pfl_torrent.exchange.membership import MembershipDriver
-from p2pfl_torrent.exchange.ports import EdgeClosedError
+from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
 from p2pfl_torrent.overlay.gossip import Gossip, open_gossip
 from p2pfl_torrent.overlay.host import Host, open_host
 from p2pfl_torrent.overlay.identity import Identity, verify
@@ -110,8 +110,8 @@ class Node:
         self._serve()
         nursery.start_soon(self._publish)
         nursery.start_soon(self._follow_topics)
-        await nursery.start(self._exchange.run)
-        await nursery.start(self._run_members)
+        await nursery.start(self._exchange.run)  # type: ignore[arg-type]  # trio's own protocol
+        await nursery.start(self._run_members)  # type: ignore[arg-type]  # likewise
         if via is not None:
             self._driver.record_received(statements, via)
         self.feed.emit(
@@ -290,8 +290,7 @@ class Node:
             weights = await self._initial_weights(initial)
             self._checkpoints.save(0, weights)
             self._driver.set_ready(1)
-            while len(self._members) < rounds.client_num:
-                await trio.sleep(PAUSE)
+            await self._exchange.until(lambda: len(self._members) >= rounds.client_num)
         if len(self._members) < min(rounds.min_members, rounds.client_num):
             raise JoinError(
                 f"Only {len(self._members)} of {rounds.client_num} members came within "
@@ -315,9 +314,7 @@ class Node:
 
     def _edges_open(self) -> bool:
         edges = self._exchange.edges
-        return all(
-            peer in edges and edges[peer].ask is not None for peer in self._exchange.wanted
-        )
+        return all(peer in edges and edges[peer].ask is not None for peer in self._exchange.wanted)
 
     # --- the user's calls --------------------------------------------------------------------
 
@@ -462,7 +459,7 @@ class Node:
         self._host.set_handler(members_protocol.PROTOCOL_ID, members)
         self._host.set_handler(state_protocol.PROTOCOL_ID, state)
 
-    async def _open_state(self, peer: PeerId) -> StreamPort:
+    async def _open_state(self, peer: PeerId) -> ByteStream:
         addrs = self._driver.machine.addrs(peer)
         return await open_stream(self._host, peer, addrs, state_protocol.PROTOCOL_ID)
 

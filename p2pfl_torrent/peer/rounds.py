@@ -24,7 +24,6 @@ from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
 
-
 KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
 
 
@@ -351,7 +350,7 @@ def _check_finite(layout: Layout, arrays: Arrays) -> None:
         values = arrays[tensor.name]
         if tensor.dtype == "BF16":
             values = bfloat16_to_float32(values)  # type: ignore[arg-type]
-        if not np.isfinite(values).all():  # type: ignore[arg-type]
+        if not np.isfinite(values).all():
             raise UpdateError(
                 f"Tensor {tensor.name!r} holds NaN or infinity: training has diverged, so this "
                 "update was not shared; lower the learning rate or restore an earlier checkpoint."

@@ -8,13 +8,13 @@ from types import TracebackType
 from typing import Any
 
 import trio
-from p2pfl_torrent.config import PeerConfig
-from p2pfl_torrent.peer.node import Node, open_node
 
+from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
+from p2pfl_torrent.peer.node import Node, open_node
 
 
 class AsyncPeer:

@@ -29,7 +29,7 @@ class Display:
         self.console = console
         self._drawn_at = 0.0
         self._live: Live | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             self._live = Live(console=console, auto_refresh=False, get_renderable=self._frame)
 
     def __enter__(self) -> Display:
@@ -84,9 +84,17 @@ class Display:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def console_for(stream: TextIO | None = None) -> Console:
-    """A console on a stream; tables keep a readable width where it is no terminal."""
-    console = Console(file=stream if stream is not None else sys.stdout, highlight=False)
+def console_for(stream: TextIO | None = None, *, plain: bool = False) -> Console:
+    """A console on a stream; tables keep a readable width where it is no terminal.
+
+    Args:
+        plain: treat it as no terminal: lines, no colour.
+    """
+    console = Console(
+        file=stream if stream is not None else sys.stdout,
+        force_terminal=False if plain else None,
+        highlight=False,
+    )
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console

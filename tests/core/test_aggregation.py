@@ -124,7 +124,10 @@ def test_each_chunk_is_renormalised_over_those_who_delivered_it(
         )
         size = float(max(abs(v[k]) for v in values))  # terms may cancel: the error is of their size
         denormals = 2.0**-25 if dtype == "F16" else 0.0
-        assert abs(float(got - want)) <= spacing * 1.001 * abs(float(want)) + size * 2.0**-49 + denormals
+        assert (
+            abs(float(got - want))
+            <= spacing * 1.001 * abs(float(want)) + size * 2.0**-49 + denormals
+        )
 
 
 def _exact(dtype: str, array: Array) -> list[Fraction]:

@@ -1,0 +1,146 @@
+"""Checkpoints are safetensors files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
+from safetensors.numpy import load_file
+
+from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.store import Checkpoints, StoreError
+from tests.core.small_models import finite_arrays, same_bits, specs
+
+SPEC = ModelSpec((TensorSpec("w", "F32", (40, 10)), TensorSpec("n", "I64", ())))
+
+
+@given(specs, st.integers(0, 9))
+@settings(max_examples=30)
+def test_weights_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec, seed: int
+) -> None:
+    arrays = finite_arrays(spec, seed)
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("state"), spec)
+    path = checkpoints.save(seed, arrays)
+    loaded = checkpoints.load(seed, model_hash(spec, arrays))
+    assert loaded.keys() == arrays.keys()
+    assert all(same_bits(loaded[name], arrays[name]) for name in arrays)
+    by_library = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+    for tensor in spec.tensors:
+        assert by_library[tensor.name]["dtype"] == tensor.dtype
+        assert bytes(by_library[tensor.name]["data"]) == arrays[tensor.name].tobytes()
+
+
+def test_the_library_loads_the_file(tmp_path: Path) -> None:
+    arrays = finite_arrays(SPEC, 1)
+    loaded = load_file(Checkpoints(tmp_path, SPEC).save(7, arrays))
+    assert all(same_bits(loaded[name], arrays[name]) for name in arrays)
+
+
+def test_rounds_are_listed_and_pruned_oldest_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    assert checkpoints.rounds() == []
+    for round in (10, 2, 0, 9):
+        checkpoints.save(round, finite_arrays(SPEC, round))
+    (tmp_path / "checkpoints" / "notes.txt").write_text("not ours")
+    assert checkpoints.rounds() == [0, 2, 9, 10]
+    checkpoints.prune(9)
+    assert checkpoints.rounds() == [0, 2, 9, 10]
+    checkpoints.prune(2, spare=lambda round: round == 0)
+    assert checkpoints.rounds() == [0, 9, 10]
+    checkpoints.prune(0)
+    assert checkpoints.rounds() == []
+    assert (tmp_path / "checkpoints" / "notes.txt").exists()
+
+
+def test_what_is_loaded_stays_when_the_round_is_saved_again_or_pruned(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    first, second = finite_arrays(SPEC, 1), finite_arrays(SPEC, 2)
+    checkpoints.save(1, first)
+    loaded = checkpoints.load(1)
+    checkpoints.save(1, second)
+    assert same_bits(loaded["w"], first["w"])
+    assert same_bits(checkpoints.load(1)["w"], second["w"])
+    checkpoints.prune(0)
+    assert same_bits(loaded["w"], first["w"])
+    with pytest.raises(ValueError, match="read-only"):
+        loaded["w"][0, 0] = 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer", "header", "other model"])
+def test_a_damaged_file_is_said_in_a_sentence(tmp_path: Path, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    path = checkpoints.save(3, finite_arrays(SPEC, 1))
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other model":
+        checkpoints = Checkpoints(tmp_path, ModelSpec(SPEC.tensors[:1]))
+    else:
+        path.write_bytes(
+            {
+                "empty": b"",
+                "cut": data[:-1],
+                "longer": data + b"\0",
+                "header": data[:20] + b"?" + data[21:],
+            }[damage]
+        )
+    with pytest.raises(StoreError, match="round-3"):
+        checkpoints.load(3)
+
+
+def test_a_flipped_weight_is_found_by_its_hash(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    arrays = finite_arrays(SPEC, 1)
+    path = checkpoints.save(3, arrays)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    checkpoints.load(3)
+    with pytest.raises(StoreError, match="other weights"):
+        checkpoints.load(3, model_hash(SPEC, arrays))
+
+
+def test_a_write_that_fails_leaves_the_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    arrays = finite_arrays(SPEC, 1)
+    checkpoints.save(1, arrays)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="No space left"):
+            checkpoints.save(1, finite_arrays(SPEC, 2))
+    assert same_bits(checkpoints.load(1)["w"], arrays["w"])
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["round-1.safetensors"]
+
+
+def test_the_leftover_of_a_crash_is_cleared_away(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, SPEC)
+    (tmp_path / "checkpoints" / "round-4.tmp").write_bytes(b"half")
+    assert Checkpoints(tmp_path, SPEC).rounds() == []
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_saving_and_loading_hold_no_second_model_in_memory(tmp_path: Path) -> None:
+    spec = ModelSpec((TensorSpec("w", "F32", (1024, 1024)), TensorSpec("v", "BF16", (1 << 20,))))
+    arrays = {"w": np.ones((1024, 1024), np.float32), "v": np.ones(1 << 20, np.uint16)}
+    checkpoints = Checkpoints(tmp_path, spec)
+    tracemalloc.start()
+    try:
+        checkpoints.save(1, arrays)
+        loaded = checkpoints.load(1)
+        assert tracemalloc.get_traced_memory()[1] < spec.nbytes // 10
+    finally:
+        tracemalloc.stop()
+    assert same_bits(loaded["w"], arrays["w"])
