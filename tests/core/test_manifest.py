@@ -126,7 +126,7 @@ fields = st.recursive(
 
 
 @given(st.lists(fields, max_size=9), st.lists(fields, max_size=4))
-@settings(max_examples=200)
+@settings(max_examples=40)
 def test_well_formed_msgpack_that_is_no_manifest_is_refused(
     header: list[object], table: list[object]
 ) -> None:

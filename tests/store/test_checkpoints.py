@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import load_file
 
-from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, model_hash
 from p2pfl_torrent.store import Checkpoints, StoreError
 from tests.core.small_models import finite_arrays, same_bits, specs
 
@@ -134,7 +134,10 @@ def test_the_leftover_of_a_crash_is_cleared_away(tmp_path: Path) -> None:
 
 def test_saving_and_loading_hold_no_second_model_in_memory(tmp_path: Path) -> None:
     spec = ModelSpec((TensorSpec("w", "F32", (1024, 1024)), TensorSpec("v", "BF16", (1 << 20,))))
-    arrays = {"w": np.ones((1024, 1024), np.float32), "v": np.ones(1 << 20, np.uint16)}
+    arrays: dict[str, Array] = {
+        "w": np.ones((1024, 1024), np.float32),
+        "v": np.ones(1 << 20, np.uint16),
+    }
     checkpoints = Checkpoints(tmp_path, spec)
     tracemalloc.start()
     try:

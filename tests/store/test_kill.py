@@ -93,7 +93,7 @@ def test_nothing_that_was_done_is_lost(tmp_path: Path, start: int) -> None:
         with opened(tmp_path) as store:
             known = {manifest.update.hex(): manifest for manifest in store.manifests()}
             # Between the last word and the kill: one more manifest, or one more pruning.
-            forgotten = {update for update in manifests - known.keys()}
+            forgotten = manifests - known.keys()
             assert len(known.keys() - manifests) <= 1
             assert len(forgotten) in (0, 3)
             manifests = set(known)

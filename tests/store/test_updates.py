@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_a_full_disk_is_said_in_a_sentence(store: Store, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(updates_module.os, "pwrite", full)
+        patched.setattr(os, "pwrite", full)
         with pytest.raises(StoreError, match="No space left"):
             store.write(update.id, 0, 0, b"x")
     update.put(store)
