@@ -88,7 +88,7 @@ class Membership:
         self._announced: set[PeerId] = set()
         self._called: dict[PeerId, float] = {}  # to confirm a suspicion, and silent since then
         self._roster: tuple[Member, ...] = ()
-        self._told_roster = self._roster
+        self._told_roster: tuple[Member, ...] = self._roster
         self._roster_is_old = False
         self._last_tick = now
         self._accused = False

@@ -263,6 +263,7 @@ async def open_host(
     Raises:
         HostError: an address is malformed, not ours, or taken; nothing is left behind.
     """
+    _quiet_the_library()
     host = Host(identity, limits or HostLimits())
     swarm = host.swarm
     bound = await host._bind(listen)
@@ -288,6 +289,14 @@ async def open_host(
             swarm.abandon()  # when cancelled, the tasks that would have closed them are gone
     if failure is not None:
         raise failure
+
+
+def _quiet_the_library() -> None:
+    """py-libp2p logs other peers' faults as errors, and Python prints errors nobody handles: any
+    stranger could fill a terminal. A level that the program has set stays."""
+    logger = logging.getLogger("libp2p")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
 
 
 class _Links(INotifee):

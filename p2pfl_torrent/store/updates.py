@@ -325,17 +325,22 @@ class Store:
             for update, manifest in self._manifests.items()
             if manifest.round < round - self._keep_rounds and not self._fills(update, round, newest)
         ]
+        self.forget(forgotten)
+        return forgotten
+
+    def forget(self, updates: Iterable[UpdateId]) -> None:
+        """Forget updates and their bytes, for instance one of our own that was never published."""
+        known = [update for update in updates if update in self._manifests]
         with self._recording():
-            for update in forgotten:
+            for update in known:
                 self._db.execute("DELETE FROM manifests WHERE id = ?", (update,))
                 self._db.execute("DELETE FROM counted WHERE manifest = ?", (update,))
-        for update in forgotten:
+        for update in known:
             file = self._files.pop(update, None)
             if file is not None:
                 file.close()
             self._path(update).unlink(missing_ok=True)  # a chunk still mapped stays readable
             del self._manifests[update], self._offsets[update], self._complete[update]
-        return forgotten
 
     def _fills(self, update: UpdateId, round: int, newest: dict[tuple[PeerId, int], int]) -> bool:
         """Whether an old update still holds the last received version of one of its chunks."""

@@ -306,6 +306,15 @@ def test_what_is_forgotten_may_come_again(store: Store) -> None:
     assert store.chunk(update.id, 0) == update.files[0]
 
 
+def test_one_of_our_own_that_was_never_published_is_forgotten(store: Store, tmp_path: Path) -> None:
+    mine, other = Update("a", 3).put(store, "#+.."), Update("b", 3).put(store)
+    store.forget([mine.id, mine.id, UpdateId(b"\0" * 32)][::2])
+    assert store.manifests() == [other.manifest]
+    assert files_in(tmp_path) == {other.id.hex()}
+    mine.put(store)
+    assert store.verified_blocks(mine.id, 0).complete
+
+
 # --- whose directory -------------------------------------------------------------------------
 
 
