@@ -1,29 +1,38 @@
 """What learning together is compared with: each peer alone, and all data in one place.
 
 A program of its own, so that ``demo`` needs no torch and can end it at any moment:
-``python -m p2pfl_torrent.cli.baselines CONFIG`` prints the central accuracy, then each peer's.
+``python -m p2pfl_torrent.cli.baselines CONFIG PART...`` prints an accuracy for each part, in their
+order; part 0 is all data in one place.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from p2pfl_torrent.cli.task import baseline, load_task, use_one_thread
+from p2pfl_torrent.cli.task import Task, limit_threads, load_tasks
 from p2pfl_torrent.config import PeerConfig
 
+NICENESS = 10  # the swarm goes first; this takes the time in which its peers wait for each other
 
-def main(file: str) -> None:
-    """Print one accuracy a line, each after as many epochs as the swarm's rounds have."""
-    use_one_thread()
+
+def main(file: str, *parts: str) -> None:
+    """Print one accuracy a line."""
+    os.nice(NICENESS)
+    limit_threads()
     config = PeerConfig.load(Path(file))
-    parts = config.federate.client_num
-    rounds = config.federate.total_round_num
-    tasks = [load_task(config.task, config.swarm.seed, part, parts) for part in range(1, parts + 1)]
-    print(baseline(tasks[0], tasks[0].everything, rounds), flush=True)
+    tasks = load_tasks(config, config.federate.client_num, [int(part) for part in parts])
     for task in tasks:
-        print(baseline(task, task.train, rounds), flush=True)
+        print(accuracy(task, config.federate.total_round_num), flush=True)
+
+
+def accuracy(task: Task, rounds: int) -> float:
+    """After as many epochs as the swarm's rounds have, from the same start weights."""
+    trainer = task.trainer()
+    trainer.train(rounds * task.recipe.epochs)
+    return task.score(trainer.model)["accuracy"]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,6 @@ GRACE = 10.0  # seconds a process gets to leave before it is killed
 PATIENCE = 120.0  # seconds for a node's first line: libp2p loads slowly where all load at once
 POLL = 0.1  # seconds between two looks at a process
 
-ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Many peers share a machine: more threads than cores only get in each other's way."""
-
 
 class FleetError(P2PFLError):
     """A process did not do what it was started for; the text has its own sentence."""
@@ -29,13 +26,18 @@ class FleetError(P2PFLError):
 class Fleet:
     """Child processes by label; none outlives the ``with`` block.
 
+    Args:
+        directory: where a process's output goes, as ``LABEL.stdout`` and ``LABEL.stderr``.
+        environment: variables that the processes get besides this one's own.
+
     Attributes:
         killed: labels of those that had to be killed at the end.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self.killed: list[str] = []
-        self._dir = run_dir
+        self._dir = directory
+        self._environment = {**os.environ, **environment}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._files = ExitStack()
 
@@ -52,19 +54,19 @@ class Fleet:
         self._files.close()
 
     def start(self, label: str, module: str, arguments: Sequence[str]) -> None:
-        """Run a module of this package; its output goes to ``LABEL.stdout`` and ``.stderr``."""
-        out = self._files.enter_context(self.output(label).open("wb"))
+        """Run a module of this package."""
+        out = self._files.enter_context(self._output(label).open("wb"))
         errors = self._files.enter_context(self._errors(label).open("wb"))
         self._processes[label] = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=errors,
-            env={**os.environ, **ONE_THREAD},
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
         )
 
-    def output(self, label: str) -> Path:
-        """The file with what a process printed."""
+    def _output(self, label: str) -> Path:
         return self._dir / f"{label}.stdout"
 
     def _errors(self, label: str) -> Path:
@@ -74,13 +76,28 @@ class Fleet:
         """The exit code of a process; None while it runs."""
         return self._processes[label].poll()
 
+    def check(self, label: str) -> bool:
+        """Whether a process has ended well.
+
+        Raises:
+            FleetError: it has failed; the text ends with its own sentence.
+        """
+        code = self.code(label)
+        if code not in (None, 0):
+            raise FleetError(f"{label} failed: {self.sentence(label)}")
+        return code == 0
+
     def sentence(self, label: str) -> str:
         """Why a process failed, in its own words."""
         code = self.code(label)
         if code is not None and code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return f"it was killed by {signal.Signals(-code).name}."
         lines = self._errors(label).read_text(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("p2pfl-torrent: ") if lines else f"exit code {code}"
+        return lines[-1].removeprefix("p2pfl-torrent: ") if lines else f"exit code {code}."
+
+    def lines(self, label: str) -> list[str]:
+        """The whole lines that a process has printed so far."""
+        return self._output(label).read_text(errors="replace").rpartition("\n")[0].splitlines()
 
     def first_line(self, label: str, patience: float = PATIENCE) -> str:
         """The first line a process prints.
@@ -88,30 +105,14 @@ class Fleet:
         Raises:
             FleetError: it ended without one, or none came in time.
         """
-        self._until(label, patience, lambda: b"\n" in self.output(label).read_bytes())
-        text = self.output(label).read_text()
-        if "\n" not in text:
-            raise FleetError(f"{label} did not start: {self.sentence(label)}")
-        return text.splitlines()[0]
-
-    def result(self, label: str, patience: float) -> list[str]:
-        """All lines of a process, once it has ended.
-
-        Raises:
-            FleetError: it failed, or did not end in time.
-        """
-        self._until(label, patience, lambda: False)
-        if self.code(label) != 0:
-            raise FleetError(f"{label} failed: {self.sentence(label)}")
-        return self.output(label).read_text().splitlines()
-
-    def _until(self, label: str, patience: float, done: Callable[[], bool]) -> None:
-        """Wait for a process to be done or to end."""
         deadline = time.monotonic() + patience
-        while self.code(label) is None and not done():
+        while not self.lines(label):
+            if self.check(label):
+                raise FleetError(f"{label} failed: it ended without a word.")
             if time.monotonic() > deadline:
-                raise FleetError(f"{label} was not done after {patience:.0f} s.")
+                raise FleetError(f"{label} failed: it said nothing for {patience:.0f} s.")
             time.sleep(POLL)
+        return self.lines(label)[0]
 
     def stop(self, labels: Sequence[str]) -> None:
         """End processes: ask, wait a little, then kill."""

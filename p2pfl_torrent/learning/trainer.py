@@ -95,6 +95,11 @@ class Trainer:
         self._y = torch.from_numpy(dataset.y).to(self._device)
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """For whoever replaces the weights by other means and resets its state then."""
+        return self._optimizer
+
+    @property
     def batches_per_epoch(self) -> int:
         """Steps of one epoch."""
         return math.ceil(len(self.dataset) / self.batch_size)
