@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from p2pfl_torrent.cli.demo_swarm import topology_of
 from p2pfl_torrent.cli.following import Following
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
 from p2pfl_torrent.cli.task import Task, limit_threads, load_tasks, part_of
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from p2pfl_torrent.peer import Peer
 
 MAX_SOLO = 3  # rounds in a row without another member; then nobody is coming
-TELL_INTERVAL = 0.1  # seconds between two progress events; a batch takes a millisecond
 
 
 class AloneError(P2PFLError):
@@ -40,18 +38,17 @@ def run(arguments: Namespace) -> int:
     from p2pfl_torrent.peer import Peer
     from p2pfl_torrent.runlog import Recorder
 
-    trainer = task.trainer()
+    trainer = task.trainer(config.federate.on_merge)
     calibration = list(trainer.batches()) if config.chunk.norm_policy == "recalibrate" else None
     peer = Peer(
-        config,
+        config.with_values(federate__on_merge="keep"),  # the trainer sees to its own optimizer
         trainer.model,
         evaluate=task.score,
-        optimizer=trainer.optimizer,
         calibration=calibration,
     )
     label = f"part {part}/{parts}"
-    topology = config.topology.type if config.topology.use else "full"
-    swarm = SwarmState(config.swarm.name, topology, config.federate.total_round_num, [label])
+    rounds = config.federate.total_round_num
+    swarm = SwarmState(config.swarm.name, topology_of(config), rounds, [label])
     console = console_for(view_stream(arguments.json), plain=arguments.plain)
     with ExitStack() as stack:
         if config.storage.run_dir:
@@ -79,9 +76,10 @@ def take_part(
     reports: list[RoundReport] = []
     solo = 0
     for _ in peer.rounds():
-        result = trainer.train(task.recipe.epochs, on_batch=_paced(peer.progress))
+        result = trainer.train(task.recipe.epochs, on_batch=peer.progress)
         metrics = {"loss": result.loss, "train_seconds": result.seconds}
         report = peer.exchange(num_samples=result.samples, metrics=metrics)
+        trainer.merged()
         reports.append(report)
         solo = solo + 1 if report.solo and not solo_is_wanted else 0
         if solo == MAX_SOLO:
@@ -90,20 +88,6 @@ def take_part(
                 "again, then join once more."
             )
     return reports
-
-
-def _paced(tell: Callable[[int, int, float], None]) -> Callable[[int, int, float], None]:
-    """Tell of a batch now and then, and of the last one."""
-    told_at = 0.0
-
-    def on_batch(done: int, total: int, loss: float) -> None:
-        nonlocal told_at
-        now = time.monotonic()
-        if done == total or now - told_at >= TELL_INTERVAL:
-            told_at = now
-            tell(done, total, loss)
-
-    return on_batch
 
 
 def configured(arguments: Namespace) -> PeerConfig:

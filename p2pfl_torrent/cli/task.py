@@ -15,7 +15,7 @@ from p2pfl_torrent.config import PeerConfig, TaskSection
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset, load
 from p2pfl_torrent.learning.partition import parse, partition
-from p2pfl_torrent.learning.recipes import RECIPES, Recipe
+from p2pfl_torrent.learning.recipes import RECIPES, OnMerge, Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to load; whoever only looks at a task does not wait for it
     from p2pfl_torrent.learning.state import Module
@@ -41,7 +41,7 @@ class Task:
     seed: int
     part: int
 
-    def trainer(self) -> Trainer:
+    def trainer(self, on_merge: OnMerge = "keep") -> Trainer:
         """A trainer of a fresh model: the same start weights for every part, its own shuffling."""
         from p2pfl_torrent.learning.models import build
         from p2pfl_torrent.learning.trainer import Trainer
@@ -54,6 +54,7 @@ class Task:
             lr=recipe.lr,
             momentum=recipe.momentum,
             seed=self.seed + self.part,
+            on_merge=on_merge,
         )
 
     def score(self, model: Module) -> Mapping[str, float]:
