@@ -25,7 +25,7 @@ MAX_HAVE = 4096  # chunks in one Have
 MAX_UPDATES = 4096  # updates in one Availability: members x rounds kept
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """First message of both sides: who I am and which swarm this is about.
 
     Attributes:
@@ -41,38 +41,41 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     record: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """Fetcher -> holder: are you there? Answered by a Pong with the same number."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class Pong(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=3):
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """Holder -> fetcher: the answer to a Ping."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class ChunksOf(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class ChunksOf(msgspec.Struct, frozen=True, array_like=True):
     """Which chunks of one update the sender holds.
 
     Attributes:
         round: of the update, so that a receiver can drop what it no longer needs.
         chunks: a bitfield of the layout's length.
+        counted_in: the round whose aggregate the sender put it into, 0 for none yet. Who takes over
+            a state learns by it which updates that state holds already.
     """
 
     update: Hash
     round: Annotated[int, msgspec.Meta(ge=1, le=MAX_ROUND)]
     chunks: Annotated[bytes, msgspec.Meta(max_length=8192)]
+    counted_in: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUND)] = 0
 
 
-class Availability(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=4):
+class Availability(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """Holder -> fetcher, and the body of an availability gossip: what the sender holds."""
 
     updates: Annotated[tuple[ChunksOf, ...], msgspec.Meta(max_length=MAX_UPDATES)]
 
 
-class Have(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=5):
+class Have(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """Holder -> fetcher: these chunks of an update have been verified since."""
 
     update: Hash
@@ -81,25 +84,25 @@ class Have(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     ]
 
 
-class GetManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=6):
+class GetManifest(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """Fetcher -> holder: send me this manifest. Answered by ManifestData or NoManifest."""
 
     update: Hash
 
 
-class ManifestData(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=7):
+class ManifestData(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """Holder -> fetcher: a whole encoded manifest, asked for or new."""
 
     manifest: bytes
 
 
-class NoManifest(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=8):
+class NoManifest(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """Holder -> fetcher: I do not have the manifest you asked for."""
 
     update: Hash
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=9):
+class Request(msgspec.Struct, frozen=True, array_like=True, tag=9):
     """Fetcher -> holder: ``count`` blocks of a chunk, at most MAX_REQUEST_BYTES together.
 
     Attributes:
@@ -113,13 +116,13 @@ class Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     count: Annotated[int, msgspec.Meta(ge=1, le=0xFFFF)]
 
 
-class Cancel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=10):
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """Fetcher -> holder: I no longer need it; answer with Reject unless the Piece is under way."""
 
     number: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
-class Reject(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=11):
+class Reject(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """Holder -> fetcher: this request will not be served.
 
     Attributes:
@@ -136,7 +139,7 @@ REJECT_REASONS = ("not held", "cancelled", "too many requests", "no longer kept"
 REFUSE_SWARM, REFUSE_MEMBER, REFUSE_FULL, REFUSE_BANNED = range(4)
 
 
-class Refuse(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=12):
+class Refuse(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """Instead of a Hello: no exchange with you, and why.
 
     Attributes:
