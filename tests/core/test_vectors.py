@@ -45,10 +45,11 @@ EXCHANGE = vectors("chunk-exchange")
 AVERAGES = vectors("averages")
 GENESIS = vectors("genesis")
 
+_MODEL = MANIFEST["model"]
 SPEC = ModelSpec(
-    tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in MANIFEST["model"]["tensors"]),
-    tuple((other, name) for other, name in MANIFEST["model"]["aliases"]),
-)  # fmt: skip
+    tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in _MODEL["tensors"]),
+    tuple((other, name) for other, name in _MODEL["aliases"]),
+)
 LAYOUT: Layout = plan(
     SPEC,
     num_chunks=MANIFEST["layout"]["num_chunks"],
