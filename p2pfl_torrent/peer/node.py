@@ -20,7 +20,13 @@ from p2pfl_torrent.core.genesis import Genesis, decode_genesis
 from p2pfl_torrent.core.manifest import Manifest, decode_manifest, max_wire_bytes
 from p2pfl_torrent.core.membership import Membership
 from p2pfl_torrent.core.membership_effects import Member
-from p2pfl_torrent.core.messages import REFUSE_MEMBER, REFUSE_SWARM, Hello, Refuse
+from p2pfl_torrent.core.messages import (
+    MAX_CONTROL_FRAME,
+    REFUSE_MEMBER,
+    REFUSE_SWARM,
+    Hello,
+    Refuse,
+)
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.picker import PickerPolicy
 from p2pfl_torrent.core.reports import (
@@ -180,7 +186,7 @@ class Node:
             verify=verify,
             rng=self._rng,
         )
-        self._max_control = max(4096, max_wire_bytes(self._layout))
+        self._max_control = max(MAX_CONTROL_FRAME, max_wire_bytes(self._layout))
         dialer = HostDialer(self._host, self._max_control)
         self._exchange = Exchange(swarm, self._store, dialer, self, self._rng)
         self._prefix = f"/p2pfl-torrent/{self._swarm_id.hex()[:32]}"
