@@ -293,10 +293,10 @@ async def open_host(
 
 def _quiet_the_library() -> None:
     """py-libp2p logs other peers' faults as errors, and Python prints errors nobody handles: any
-    stranger could fill a terminal. A level that the program has set stays."""
+    stranger could fill a terminal. Handlers of the program (or ``LIBP2P_DEBUG``) get them all."""
     logger = logging.getLogger("libp2p")
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.CRITICAL)
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
 
 
 class _Links(INotifee):

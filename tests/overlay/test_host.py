@@ -149,6 +149,15 @@ async def test_both_sides_are_told_of_the_others_coming_and_going() -> None:
     assert set(told[2:]) == {("ours -", theirs.peer_id), ("theirs -", ours.peer_id)}
 
 
+async def test_a_failed_dial_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    async with a_host() as ours:
+        with pytest.raises(DialError):
+            await ours.connect(
+                Identity.ephemeral().peer_id, [f"/ip4/127.0.0.1/tcp/{await free_port()}"], PATIENCE
+            )
+    assert capfd.readouterr() == ("", "")
+
+
 # Dialling
 
 
