@@ -32,18 +32,16 @@ class Standing:
 
     Attributes:
         waiting_for: live members expected to contribute whose update is not complete here.
-        obtainable: whether something missing of another update could still come from a holder.
         lacking: whether any countable update is incomplete.
         verified, announced: bytes of the countable updates of others.
-        obtainable_bytes: the part of what is missing that some holder has.
+        obtainable: bytes missing of those updates of which a holder has something that is missing.
     """
 
     waiting_for: tuple[PeerId, ...]
-    obtainable: bool
     lacking: bool
     verified: int
     announced: int
-    obtainable_bytes: int
+    obtainable: int
 
     @property
     def completeness(self) -> float:
@@ -61,8 +59,8 @@ def standing(
     live: Mapping[PeerId, int],
 ) -> Standing:
     """Where the round stands; ``live`` maps each live member to the round it is waited from."""
-    obtainable = lacking = False
-    verified = announced = obtainable_bytes = 0
+    lacking = False
+    verified = announced = obtainable = 0
     for known in ledger.countable(round, terms.max_staleness):
         if known.manifest.owner == local:
             continue
@@ -71,18 +69,17 @@ def standing(
         if known.held.complete:
             verified += total
             continue
+        lacking = True
         here = sources.bytes_verified(known.manifest.update)
         verified += here
-        lacking = True
         if sources.missing_available(known.manifest.update):
-            obtainable = True
-            obtainable_bytes += total - here
+            obtainable += total - here
     waiting_for = tuple(
         member
         for member, since in sorted(live.items())
         if member != local and since <= round and not _complete(ledger, member, round)
     )
-    return Standing(waiting_for, obtainable, lacking, verified, announced, obtainable_bytes)
+    return Standing(waiting_for, lacking, verified, announced, obtainable)
 
 
 def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:
@@ -147,15 +144,16 @@ def _status(known: KnownUpdate, staleness: int, dead: bool) -> str:
     return "dead" if dead else "partial"
 
 
-def too_late(ledger: Ledger, round: int, max_staleness: int) -> tuple[tuple[PeerId, int], ...]:
-    """(owner, round trained in) of updates that can no longer count anywhere."""
-    return tuple(
-        sorted(
-            (known.manifest.owner, known.manifest.round)
-            for known in ledger
-            if known.counted_in is None and known.manifest.round < round - max_staleness
-        )
+def too_late(ledger: Ledger, round: int, max_staleness: int) -> list[KnownUpdate]:
+    """Updates that can no longer count anywhere and were not reported as dropped yet."""
+    late = (
+        known
+        for known in ledger
+        if known.counted_in is None
+        and not known.dropped
+        and known.manifest.round < round - max_staleness
     )
+    return sorted(late, key=lambda known: (known.manifest.owner, known.manifest.round))
 
 
 def published_by(ledger: Ledger, live: Set[PeerId], round: int) -> int:

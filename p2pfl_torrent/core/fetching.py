@@ -15,20 +15,17 @@ from p2pfl_torrent.core.messages import Availability, Cancel, GetManifest, Have,
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.picker import BlockRequest, Picker
 from p2pfl_torrent.core.reports import BlockRefused, ChunkReceived
+from p2pfl_torrent.core.wanted import Wanted
 
-MAX_WANTED = 1024  # manifests heard of but not here: members x rounds kept, with room
-MANIFEST_PATIENCE = 10.0  # seconds for 3 KB at 128 kbit/s behind a second of data, many times over
 BAD_BLOCK_BAN = 600.0  # seconds; a block that differs from its owner's hash is no accident on Noise
 
 
 @dataclass(slots=True)
-class _Wanted:
-    """A manifest that is not here: who offers it, with which chunks, and who was asked."""
+class _Remote:
+    """What a holder said of the updates that are known here."""
 
-    round: int | None
-    offers: dict[PeerId, set[int]] = field(default_factory=dict)
-    asked: PeerId | None = None
-    asked_at: float = 0.0
+    held: dict[UpdateId, Bitfield] = field(default_factory=dict)
+    counted_in: dict[UpdateId, int] = field(default_factory=dict)
 
 
 class Fetching:
@@ -39,8 +36,8 @@ class Fetching:
         self._picker = picker
         self._block_size = block_size
         self._num_chunks = num_chunks
-        self._wanted: dict[UpdateId, _Wanted] = {}
-        self._remote: dict[PeerId, dict[UpdateId, Bitfield]] = {}
+        self._wanted = Wanted(num_chunks)
+        self._remote: dict[PeerId, _Remote] = {}
         self.bytes_received: dict[UpdateId, int] = {}
         self.bytes_duplicate = 0
         self.requests_sent = 0
@@ -51,36 +48,45 @@ class Fetching:
         """Peers this one may ask."""
         return set(self._remote)
 
+    def asks(self, peer: PeerId) -> bool:
+        """Whether this peer may ask that one."""
+        return peer in self._remote
+
     def opened(self, peer: PeerId) -> None:
         """A holder connected; it will announce what it has."""
-        self._remote[peer] = {}
+        self.closed(peer)
+        self._remote[peer] = _Remote()
         self._picker.add_holder(peer)
 
     def closed(self, peer: PeerId) -> None:
         """A holder is gone: what it was asked for returns to the pool."""
         self._remote.pop(peer, None)
         self._picker.remove_holder(peer)
-        for wanted in self._wanted.values():
-            wanted.offers.pop(peer, None)
-            if wanted.asked == peer:
-                wanted.asked = None
+        self._wanted.remove_peer(peer)
 
     def remote_holds(self, peer: PeerId, update: UpdateId) -> Bitfield | None:
         """What a holder announced of an update."""
-        return self._remote.get(peer, {}).get(update)
+        remote = self._remote.get(peer)
+        return remote.held.get(update) if remote is not None else None
+
+    def counted_elsewhere(self, update: UpdateId, before: int) -> int | None:
+        """The round of less than ``before`` in which a holder counted an update, if one did."""
+        for remote in self._remote.values():
+            round = remote.counted_in.get(update, 0)
+            if 0 < round < before:
+                return round
+        return None
 
     def available(self, update: UpdateId) -> list[int]:
         """Per chunk, how many holders announced it."""
         counts = [0] * self._num_chunks
-        for held in self._remote.values():
-            for chunk in held.get(update, ()):
+        for remote in self._remote.values():
+            for chunk in remote.held.get(update, ()):
                 counts[chunk] += 1
         return counts
 
-    def announced(
-        self, peer: PeerId, message: Availability | Have, oldest: int, newest: int
-    ) -> None:
-        """A holder says what it has; rounds outside ``oldest`` to ``newest`` do not matter.
+    def announced(self, peer: PeerId, message: Availability | Have, oldest: int) -> None:
+        """A holder says what it has; rounds before ``oldest`` do not matter any more.
 
         Raises:
             RemoteProtocolError: chunks that the layout does not have.
@@ -88,57 +94,68 @@ class Fetching:
         if peer not in self._remote:
             return  # a gossip of a peer that is no neighbour (any more)
         if isinstance(message, Have):
-            self._offer(peer, UpdateId(message.update), None, message.chunks)
+            if any(chunk >= self._num_chunks for chunk in message.chunks):
+                raise RemoteProtocolError("announced a chunk the layout does not have", peer)
+            self._offer(peer, UpdateId(message.update), None, message.chunks, 0)
             return
         for item in message.updates:
-            field_ = Bitfield.from_bytes(item.chunks, self._num_chunks)
-            if oldest <= item.round <= newest:
-                self._offer(peer, UpdateId(item.update), item.round, field_)
+            chunks = Bitfield.from_bytes(item.chunks, self._num_chunks)
+            if item.round >= oldest:
+                update = UpdateId(item.update)
+                self._offer(peer, update, item.round, chunks, item.counted_in)
 
     def _offer(
-        self, peer: PeerId, update: UpdateId, round: int | None, chunks: Iterable[int]
+        self,
+        peer: PeerId,
+        update: UpdateId,
+        round: int | None,
+        chunks: Iterable[int],
+        counted_in: int,
     ) -> None:
-        chunks = list(chunks)
-        if any(chunk >= self._num_chunks for chunk in chunks):
-            raise RemoteProtocolError("announced a chunk the layout does not have", peer)
-        if update in self._ledger:
-            held = self._remote[peer].setdefault(update, Bitfield(self._num_chunks))
-            for chunk in chunks:
-                held.add(chunk)
-            self._picker.holder_has(peer, update, chunks)
+        if update not in self._ledger:
+            self._wanted.offer(peer, update, round, chunks, counted_in)
             return
-        wanted = self._wanted.get(update)
-        if wanted is None:
-            if len(self._wanted) >= MAX_WANTED:
-                return  # it will be announced again
-            wanted = self._wanted[update] = _Wanted(round)
-        wanted.offers.setdefault(peer, set()).update(chunks)
+        remote = self._remote[peer]
+        held = remote.held.setdefault(update, Bitfield(self._num_chunks))
+        if counted_in:
+            remote.counted_in[update] = counted_in
+        chunks = list(chunks)
+        for chunk in chunks:
+            held.add(chunk)
+        self._picker.holder_has(peer, update, chunks)
 
     def want(self, update: UpdateId, round: int) -> None:
         """A header was seen whose table is not here."""
-        if update not in self._ledger and len(self._wanted) < MAX_WANTED:
-            self._wanted.setdefault(update, _Wanted(round))
+        if update not in self._ledger:
+            self._wanted.seen(update, round)
 
     def learned(self, manifest: Manifest, ages: list[int]) -> None:
         """A manifest entered the ledger: fetch its chunks from those who offered them."""
         self._picker.add_update(manifest, ages=ages)
-        wanted = self._wanted.pop(manifest.update, None)
-        for peer, chunks in (wanted.offers if wanted else {}).items():
-            self._offer(peer, manifest.update, None, chunks)
+        for peer, offer in self._wanted.found(manifest.update).items():
+            self._offer(peer, manifest.update, None, offer.chunks, offer.counted_in)
+
+    def unwanted(self, update: UpdateId) -> None:
+        """A manifest is of no use: it is not asked for any more."""
+        self._wanted.found(update)
+
+    def not_now(self, update: UpdateId, round: int, current: int) -> None:
+        """A manifest came too early or too late: ask for it in its time, if that is to come."""
+        if round < current:
+            self._wanted.found(update)
+        else:
+            self._wanted.dated(update, round)
 
     def no_manifest(self, peer: PeerId, update: UpdateId) -> None:
         """A holder cannot give a manifest it offered: ask another."""
-        wanted = self._wanted.get(update)
-        if wanted is not None:
-            wanted.offers.pop(peer, None)
-            if wanted.asked == peer:
-                wanted.asked = None
+        self._wanted.withdraw(peer, update)
 
     def forget(self, update: UpdateId) -> list[Effect]:
         """An update no longer matters: stop fetching it."""
         self.bytes_received.pop(update, None)
-        for held in self._remote.values():
-            held.pop(update, None)
+        for remote in self._remote.values():
+            remote.held.pop(update, None)
+            remote.counted_in.pop(update, None)
         return self.stop(update)
 
     def stop(self, update: UpdateId) -> list[Effect]:
@@ -148,32 +165,25 @@ class Fetching:
 
     def forget_wanted_before(self, round: int) -> None:
         """Manifests of rounds that can no longer matter are not asked for any more."""
-        stale = [u for u, w in self._wanted.items() if w.round is not None and w.round < round]
-        for update in stale:
-            del self._wanted[update]
+        self._wanted.forget_before(round)
 
     # --- asking ------------------------------------------------------------------------------
 
-    def ask(self, now: float) -> list[Effect]:
-        """Everything worth asking for now: manifests, and blocks of every holder with room."""
-        effects: list[Effect] = []
-        for update, wanted in self._wanted.items():
-            if wanted.asked is not None and now - wanted.asked_at < MANIFEST_PATIENCE:
-                continue
-            others = sorted(peer for peer in wanted.offers if peer != wanted.asked)
-            if others or wanted.offers:
-                wanted.asked = others[0] if others else next(iter(wanted.offers))
-                wanted.asked_at = now
-                effects.append(ToHolder(wanted.asked, GetManifest(update)))
+    def ask(self, now: float, newest: int) -> list[Effect]:
+        """Everything worth asking for now, of every holder; manifests up to round ``newest``."""
+        effects = self.ask_manifests(now, newest)
         for peer in sorted(self._remote):
-            effects.extend(self._ask_blocks(peer, now))
+            effects.extend(self.ask_blocks(peer, now))
         return effects
 
-    def ask_one(self, peer: PeerId, now: float) -> list[Effect]:
-        """As ``ask``, blocks of one holder only: after its answer, the common case."""
-        return self._ask_blocks(peer, now) if peer in self._remote else []
+    def ask_manifests(self, now: float, newest: int) -> list[Effect]:
+        """Manifests that were offered or whose header was seen, up to round ``newest``."""
+        return [
+            ToHolder(peer, GetManifest(update)) for peer, update in self._wanted.ask(now, newest)
+        ]
 
-    def _ask_blocks(self, peer: PeerId, now: float) -> list[Effect]:
+    def ask_blocks(self, peer: PeerId, now: float) -> list[Effect]:
+        """Blocks of one holder: after its answer, the common case."""
         requests = self._picker.next_requests(peer, now)
         self.requests_sent += len(requests)
         return [
@@ -194,9 +204,8 @@ class Fetching:
 
     def next_wakeup(self, now: float) -> float | None:
         """When ``expire`` or a manifest's patience may matter."""
-        times = [w.asked_at + MANIFEST_PATIENCE for w in self._wanted.values() if w.asked]
-        timeout = self._picker.next_timeout(now)
-        return min(times + ([timeout] if timeout is not None else []), default=None)
+        times = (self._wanted.next_timeout(), self._picker.next_timeout(now))
+        return min((time for time in times if time is not None), default=None)
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -210,11 +219,7 @@ class Fetching:
         if request is None:
             self.bytes_duplicate += len(piece.data)
             return [], False
-        known = self._ledger.get(request.update)
-        if known is None:
-            self.bytes_duplicate += len(piece.data)
-            self._picker.verified(request, False, now)
-            return [], False
+        known = self._ledger[request.update]
         bad = self._bad_block(known.manifest, request, piece.data)
         outcome = self._picker.verified(request, bad is None, now)
         if bad is not None:
@@ -247,9 +252,8 @@ class Fetching:
         """The first block of a piece that does not match its owner's hash."""
         entry = manifest.entries[request.chunk]
         view = memoryview(data)
-        for index in range(request.count):
+        for index, number in enumerate(request.blocks):
             block = view[index * self._block_size : (index + 1) * self._block_size]
-            number = request.block + index
             if hashlib.sha256(block).digest() != entry.block_hash(number):
                 return number
         return None

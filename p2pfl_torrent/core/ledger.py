@@ -22,12 +22,14 @@ class KnownUpdate:
     Attributes:
         counted_in: the round whose aggregate it went into, here.
         after_deadline: it became known when its round was over, so nobody counted it in that one.
+        dropped: it was reported as too late to count.
     """
 
     manifest: Manifest
     held: Bitfield
     counted_in: int | None = None
     after_deadline: bool = False
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,12 @@ class Ledger:
         return iter(self._updates.values())
 
     def see(self, signed: SignedHeader) -> Equivocation | None:
-        """Note a checked header, with or without its table; the proof if its owner equivocates."""
+        """Note a checked header, with or without its table.
+
+        Returns the proof when it shows for the first time that its owner equivocates.
+        """
         slot = self._slots.setdefault((signed.round, signed.owner), _Slot(signed.update))
-        if slot.update == signed.update:
+        if slot.update == signed.update or slot.equivocated:
             return None
         slot.equivocated = True
         return Equivocation(signed.owner, signed.round, slot.update, signed.update)

@@ -258,6 +258,14 @@ def decode_manifest(
     return Manifest(signed, entries, wire.table)
 
 
+def update_of(data: bytes) -> UpdateId | None:
+    """Which update an encoded manifest claims to describe, unchecked; None for other bytes."""
+    try:
+        return UpdateId(hashlib.sha256(_wire_decoder.decode(data).header).digest())
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def encode_header_gossip(signed: SignedHeader) -> bytes:
     """What is gossiped of a manifest too long for gossip: an encoded manifest without its table."""
     return msgspec.msgpack.encode(_Wire(signed.raw, signed.signature, b""))

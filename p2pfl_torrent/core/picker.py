@@ -4,13 +4,14 @@ What is tracked, and why:
 
 1. Per update and chunk: how many holders announced it (rarity), and a rank of importance x age
    within its update. Importance alone would let the same chunks win every round while the rest
-   drifts apart; times age, what was long unseen wins too.
+   drifts apart; times age, what was long unseen wins too. Per update: the bytes still missing that
+   some holder has, so that whether a round may settle is a look at a number.
 2. Chunks begun: some block asked for or here. They are finished first, since only a whole chunk
-   can be announced and averaged; their number is bounded (the pending pool).
+   can be announced and averaged; the number being asked for is bounded (the pending pool).
 3. Per holder: the chunks it has that are missing and not begun, in a set that can be sampled in
    O(1). A pick looks at a bounded sample, never at all chunks: near the best, and cheap.
 4. Per holder: open requests (the active pool), its measured rate, and so how many bytes it may
-   have in flight: about a second's worth, or heartbeats drown behind them.
+   have in flight: about a second's worth, or heartbeats drown behind them (``pipeline``).
 5. Requests that are overdue by their holder's own rate: near the end another holder is asked too
    (endgame), and the first answer cancels the other.
 """
@@ -23,76 +24,13 @@ from dataclasses import dataclass, field
 
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
-from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
-from p2pfl_torrent.core.messages import MAX_REQUEST_BYTES
+from p2pfl_torrent.core.messages import REJECT_BUSY, REJECT_MISSING
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.pipeline import OVERDUE_FLOOR, BlockRequest, Key, PickerPolicy, Pipeline
 from p2pfl_torrent.core.sampling import SampleSet
 
-Key = tuple[UpdateId, int]
-"""An update's chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class PickerPolicy:
-    """Local settings.
-
-    Attributes:
-        selection: "rarest_first" (turning to importance x age by the pressure), "importance"
-            (that alone) or "random".
-        active_requests: open requests per holder (the seed's active pool).
-        pending_chunks: chunks begun at once (the seed's pending pool).
-        endgame_holders: holders asked for the same blocks when one of them is overdue.
-        target_seconds: of a holder's rate that may be in flight.
-        request_seconds: of a holder's rate that one request asks for; a fast link asks for a whole
-            chunk in one frame, a slow one for one block.
-        first_bytes: in flight before a rate is known: half a second of 1 Mbit/s.
-        sample: chunks compared per pick.
-        noise: of the score, so that peers with equal views differ.
-        random_first: chunks picked at random at first, to have something to offer soon.
-        patience: a request is given up after this many times its expected time, and
-        patience_floor: seconds at least; a busy holder's queue is not its fault.
-        overdue: times its expected time after which the endgame asks another holder too.
-    """
-
-    selection: str = "rarest_first"
-    active_requests: int = 10
-    pending_chunks: int = 20
-    endgame_holders: int = 2
-    target_seconds: float = 1.0
-    request_seconds: float = 0.25
-    first_bytes: int = 64 << 10
-    sample: int = 48
-    noise: float = 0.05
-    random_first: int = 2
-    patience: float = 6.0
-    patience_floor: float = 5.0
-    overdue: float = 3.0
-
-
-FIRST_RATE = 16_000.0  # bytes per second assumed of an unmeasured holder: 128 kbit/s
-RATE_WEIGHT = 0.3  # of a new sample: follows a change within a few pieces
-OVERDUE_FLOOR = 0.25  # seconds; below that a hiccup of the scheduler looks like a slow holder
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRequest:
-    """Blocks asked of one holder."""
-
-    peer: PeerId
-    number: int
-    update: UpdateId
-    chunk: int
-    block: int
-    count: int
-    size: int
-    sent_at: float
-    expected: float
-
-    @property
-    def key(self) -> Key:
-        """The chunk it is part of."""
-        return self.update, self.chunk
+__all__ = ["BlockRequest", "Picker", "PickerPolicy", "Received"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +55,26 @@ class _Update:
     merit: list[float]  # per chunk, rank of importance x age, 0-1
     holders: list[int]  # per chunk, how many announced it
     bytes_verified: int = 0
+    obtainable: int = 0  # bytes missing of chunks that some holder has
 
 
 @dataclass(slots=True)
 class _Begun:
     here: Bitfield
+    missing: int  # bytes
+    free: int  # blocks neither here nor asked for
     asked: dict[int, list[tuple[PeerId, int]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Holder:
+    pipeline: Pipeline
     has: dict[UpdateId, Bitfield] = field(default_factory=dict)
     candidates: SampleSet[Key] = field(default_factory=SampleSet)
-    open: dict[int, BlockRequest] = field(default_factory=dict)
-    abandoned: dict[int, BlockRequest] = field(default_factory=dict)
-    in_flight: int = 0
-    next_number: int = 0
-    rate: float | None = None
-    busy_since: float = 0.0
+
+    def holds(self, key: Key) -> bool:
+        has = self.has.get(key[0])
+        return has is not None and key[1] in has
 
 
 class Picker:
@@ -149,6 +89,7 @@ class Picker:
         self._holders: dict[PeerId, _Holder] = {}
         self._pressure = 0.0
         self._picked = 0
+        self._quiet_until = 0.0  # no open request is overdue before
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -160,7 +101,12 @@ class Picker:
         complete: Bitfield | None = None,
         ages: Sequence[int] | None = None,
     ) -> None:
-        """Fetch an update; ``ages[k]`` is the rounds since its owner's chunk k was merged here."""
+        """Fetch an update; ``ages[k]`` is the rounds since its owner's chunk k was merged here.
+
+        Args:
+            verified: of chunks that are here in part, the blocks that are.
+            complete: chunks that are here; changed as more arrive.
+        """
         entries = manifest.entries
         if ages is None:
             ages = [1] * len(entries)
@@ -177,9 +123,12 @@ class Picker:
         self._updates[manifest.update] = update
         for chunk, blocks in (verified or {}).items():
             if chunk not in done and blocks.count:
-                self._begun[manifest.update, chunk] = _Begun(blocks)
-                for block in blocks:
-                    update.bytes_verified += self._range_size(manifest, chunk, block, 1)
+                here = sum(self._range_size(manifest, chunk, block, 1) for block in blocks)
+                free = len(blocks) - blocks.count
+                self._begun[manifest.update, chunk] = _Begun(
+                    blocks, entries[chunk].size - here, free
+                )
+                update.bytes_verified += here
 
     def remove_update(self, update: UpdateId) -> list[BlockRequest]:
         """Stop fetching an update; the requests to cancel."""
@@ -191,27 +140,27 @@ class Picker:
         for holder in self._holders.values():
             for chunk in holder.has.pop(update, ()):
                 holder.candidates.discard((update, chunk))
-            for request in [r for r in holder.open.values() if r.update == update]:
-                self._abandon(holder, request)
+            pipeline = holder.pipeline
+            for request in [r for r in pipeline.open.values() if r.update == update]:
+                pipeline.abandon(request)
                 cancels.append(request)
         return cancels
 
     def add_holder(self, peer: PeerId) -> None:
         """A holder connected; nothing is known of it yet."""
         self.remove_holder(peer)
-        self._holders[peer] = _Holder()
+        self._holders[peer] = _Holder(Pipeline(peer, self._policy))
 
     def remove_holder(self, peer: PeerId) -> None:
         """A holder is gone; what it was asked for can be asked of others."""
         holder = self._holders.pop(peer, None)
         if holder is None:
             return
-        for request in holder.open.values():
-            self._unask(request)
         for update, chunks in holder.has.items():
-            known = self._updates.get(update)
-            for chunk in chunks if known is not None else ():
-                known.holders[chunk] -= 1  # type: ignore[union-attr]
+            for chunk in chunks:
+                self._one_holder_less(update, chunk)
+        for request in holder.pipeline.open.values():
+            self._unask(request)
 
     def holder_has(self, peer: PeerId, update: UpdateId, chunks: Iterable[int]) -> None:
         """A holder announced chunks of an update that is known here."""
@@ -221,10 +170,29 @@ class Picker:
             return
         has = holder.has.setdefault(update, Bitfield(len(known.holders)))
         for chunk in chunks:
-            if has.add(chunk):
-                known.holders[chunk] += 1
-                if chunk not in known.complete and (update, chunk) not in self._begun:
-                    holder.candidates.add((update, chunk))
+            if not has.add(chunk):
+                continue
+            known.holders[chunk] += 1
+            if chunk in known.complete:
+                continue
+            begun = self._begun.get((update, chunk))
+            if begun is None:
+                holder.candidates.add((update, chunk))
+            if known.holders[chunk] == 1:
+                known.obtainable += self._missing(update, chunk)
+
+    def _one_holder_less(self, update: UpdateId, chunk: int) -> None:
+        known = self._updates[update]
+        known.holders[chunk] -= 1
+        if not known.holders[chunk] and chunk not in known.complete:
+            known.obtainable -= self._missing(update, chunk)
+
+    def _missing(self, update: UpdateId, chunk: int) -> int:
+        """Bytes missing of an incomplete chunk."""
+        begun = self._begun.get((update, chunk))
+        if begun is not None:
+            return begun.missing
+        return self._updates[update].manifest.entries[chunk].size
 
     def set_pressure(self, share: float) -> None:
         """The predicted share of the updates that will miss the deadline, 0-1.
@@ -239,43 +207,29 @@ class Picker:
         """What to ask of a holder now, as far as its pipeline has room."""
         holder = self._holders.get(peer)
         requests: list[BlockRequest] = []
-        while holder is not None and self._has_room(holder):
-            found = self._find(peer, holder, now)
+        while holder is not None and holder.pipeline.has_room:
+            found = self._find(holder, now)
             if found is None:
                 break
-            requests.append(self._ask(peer, holder, found, now))
+            requests.append(self._ask(holder, *found, now))
         return requests
 
-    def _has_room(self, holder: _Holder) -> bool:
-        if len(holder.open) >= self._policy.active_requests:
-            return False
-        return holder.in_flight < self._window(holder) or not holder.open
-
-    def _window(self, holder: _Holder) -> float:
-        if holder.rate is None:
-            return self._policy.first_bytes
-        return max(self._policy.first_bytes / 4, holder.rate * self._policy.target_seconds)
-
     def _max_blocks(self, holder: _Holder) -> int:
-        rate = holder.rate if holder.rate is not None else FIRST_RATE
-        size = min(MAX_REQUEST_BYTES, rate * self._policy.request_seconds)
-        return max(1, int(size) // self._layout.block_size)
+        return max(1, holder.pipeline.max_request_bytes // self._layout.block_size)
 
-    def _find(self, peer: PeerId, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
+    def _find(self, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
         """(chunk, first block, blocks) to ask of a holder: begun first, then new, then endgame."""
         limit = self._max_blocks(holder)
+        pending = 0
         for key, begun in self._begun.items():
-            if self._holds(holder, key):
-                start, count = _unasked(begun, limit)
-                if count:
-                    return key, start, count
-        if len(self._begun) < self._policy.pending_chunks or not holder.open:
-            key_ = self._best(holder)
-            if key_ is not None:
-                self._begin(key_)
-                start, count = _unasked(self._begun[key_], limit)
-                return key_, start, count
-        return self._endgame(peer, holder, now)
+            pending += bool(begun.asked)
+            if begun.free and holder.holds(key):
+                return key, *_unasked(begun, limit)
+        if pending < self._policy.pending_chunks or not holder.pipeline.open:
+            best = self._best(holder)
+            if best is not None:
+                return best, *_unasked(self._begin(best), limit)
+        return self._endgame(holder, now)
 
     def _best(self, holder: _Holder) -> Key | None:
         """The chunk to begin next: the one comparison that is the policy."""
@@ -296,60 +250,59 @@ class Picker:
         noise = self._policy.noise * self._rng.random()
         return p * known.merit[chunk] + (1.0 - p) * rarity + noise
 
-    def _begin(self, key: Key) -> None:
+    def _begin(self, key: Key) -> _Begun:
         update, chunk = key
-        blocks = self._updates[update].manifest.entries[chunk].num_blocks
-        self._begun[key] = _Begun(Bitfield(blocks))
+        entry = self._updates[update].manifest.entries[chunk]
+        begun = self._begun[key] = _Begun(Bitfield(entry.num_blocks), entry.size, entry.num_blocks)
         self._picked += 1
         for holder in self._holders.values():
             holder.candidates.discard(key)
+        return begun
 
-    def _endgame(self, peer: PeerId, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
-        """Blocks that another holder is late with, if this one can deliver them sooner."""
+    def _endgame(self, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
+        """Blocks that other holders are late with, if this one has them too."""
+        if now < self._quiet_until:
+            return None
+        limit, late = self._max_blocks(holder), False
+        quiet_until = now + OVERDUE_FLOOR  # of a request that is sent from now on
         for key, begun in self._begun.items():
-            if not self._holds(holder, key):
-                continue
-            for askers in begun.asked.values():
-                if len(askers) >= self._policy.endgame_holders:
+            for block, askers in begun.asked.items():
+                overdue_at = max(self._overdue_at(asker) for asker in askers)
+                if overdue_at > now:
+                    quiet_until = min(quiet_until, overdue_at)
                     continue
-                other, number = askers[0]
-                request = self._holders[other].open[number]
-                if other == peer or now - request.sent_at < self._overdue_after(request):
-                    continue
-                missing = [
-                    block
-                    for block in range(request.block, request.block + request.count)
-                    if block not in begun.here
-                ]
-                if missing:
-                    return key, missing[0], min(len(missing), self._max_blocks(holder))
+                late = True
+                count = 0
+                while count < limit and self._may_ask_too(holder, key, begun, block + count):
+                    count += 1
+                if count:
+                    return key, block, count
+        self._quiet_until = now if late else quiet_until
         return None
 
-    def _overdue_after(self, request: BlockRequest) -> float:
-        return max(OVERDUE_FLOOR, self._policy.overdue * request.expected)
+    def _overdue_at(self, asker: tuple[PeerId, int]) -> float:
+        pipeline = self._holders[asker[0]].pipeline
+        return pipeline.overdue_at(pipeline.open[asker[1]])
 
-    def _holds(self, holder: _Holder, key: Key) -> bool:
-        has = holder.has.get(key[0])
-        return has is not None and key[1] in has
+    def _may_ask_too(self, holder: _Holder, key: Key, begun: _Begun, block: int) -> bool:
+        """Whether one more holder may be asked for a block that others were asked for."""
+        askers = begun.asked.get(block)
+        return (
+            askers is not None
+            and block not in begun.here
+            and len(askers) < self._policy.endgame_holders
+            and holder.holds(key)
+            and all(peer != holder.pipeline.peer for peer, _ in askers)
+        )
 
-    def _ask(
-        self, peer: PeerId, holder: _Holder, found: tuple[Key, int, int], now: float
-    ) -> BlockRequest:
-        (update, chunk), block, count = found
-        size = self._range_size(self._updates[update].manifest, chunk, block, count)
-        rate = holder.rate if holder.rate is not None else FIRST_RATE
-        request = BlockRequest(
-            peer, holder.next_number, update, chunk, block, count, size, now,
-            (holder.in_flight + size) / rate,
-        )  # fmt: skip
-        if not holder.open:
-            holder.busy_since = now
-        holder.next_number = (holder.next_number + 1) & 0xFFFFFFFF
-        holder.open[request.number] = request
-        holder.in_flight += size
-        asked = self._begun[update, chunk].asked
-        for index in range(block, block + count):
-            asked.setdefault(index, []).append((peer, request.number))
+    def _ask(self, holder: _Holder, key: Key, block: int, count: int, now: float) -> BlockRequest:
+        size = self._range_size(self._updates[key[0]].manifest, key[1], block, count)
+        request = holder.pipeline.ask(key, block, count, size, now)
+        begun = self._begun[key]
+        for index in request.blocks:
+            askers = begun.asked.setdefault(index, [])
+            begun.free -= not askers
+            askers.append((request.peer, request.number))
         return request
 
     def _range_size(self, manifest: Manifest, chunk: int, block: int, count: int) -> int:
@@ -366,44 +319,39 @@ class Picker:
         holder = self._holders.get(peer)
         if holder is None:
             return None
-        request = holder.open.get(number)
-        late = holder.abandoned.pop(number, None)
-        if request is None and late is None:
-            raise RemoteProtocolError(f"piece {number} was never asked for", peer)
-        expected = request or late
-        assert expected is not None
-        if size != expected.size:
-            raise RemoteProtocolError(f"piece of {size} bytes instead of {expected.size}", peer)
-        if request is not None:
-            self._measure(holder, request, now)
-            self._close(holder, request)
-        begun = self._begun.get(expected.key)
+        request = holder.pipeline.piece(number, size, now)
+        if number in holder.pipeline.open:
+            holder.pipeline.close(request)
+            self._unask(request, keep=True)
+        begun = self._begun.get(request.key)
         if begun is None:
-            return None
-        wanted = range(expected.block, expected.block + expected.count)
-        return None if all(block in begun.here for block in wanted) else expected
-
-    def _measure(self, holder: _Holder, request: BlockRequest, now: float) -> None:
-        since = max(request.sent_at, holder.busy_since)
-        holder.busy_since = now
-        sample = request.size / max(1e-4, now - since)
-        if holder.rate is None:
-            holder.rate = sample
-        else:
-            holder.rate += RATE_WEIGHT * (sample - holder.rate)
+            # A chunk of which nothing was here may have gone back to the candidates meanwhile.
+            known = self._updates.get(request.update)
+            return request if known is not None and request.chunk not in known.complete else None
+        return None if all(block in begun.here for block in request.blocks) else request
 
     def verified(self, request: BlockRequest, good: bool, now: float) -> Received:
         """The caller checked the blocks of a piece that ``received`` handed out."""
-        begun = self._begun.get(request.key)
         known = self._updates.get(request.update)
-        if not good or begun is None or known is None:
+        if known is None or request.chunk in known.complete:
             return Received(0, False, ())
+        begun = self._begun.get(request.key)
+        if not good:
+            if begun is not None:
+                self._give_back(request.key, begun)
+            return Received(0, False, ())
+        if begun is None:
+            begun = self._begin(request.key)
         duplicate = 0
         superfluous: dict[tuple[PeerId, int], None] = {}
-        for block in range(request.block, request.block + request.count):
+        for block in request.blocks:
             size = self._range_size(known.manifest, request.chunk, block, 1)
             if begun.here.add(block):
                 known.bytes_verified += size
+                begun.missing -= size
+                begun.free -= block not in begun.asked
+                if known.holders[request.chunk]:
+                    known.obtainable -= size
             else:
                 duplicate += size
             superfluous.update(dict.fromkeys(begun.asked.get(block, ())))
@@ -420,101 +368,94 @@ class Picker:
         """Requests all of whose blocks are here: they need no answer any more."""
         cancels: list[BlockRequest] = []
         for peer, number in asked:
-            holder = self._holders.get(peer)
-            request = holder.open.get(number) if holder is not None else None
-            if holder is None or request is None:
-                continue
-            if all(b in begun.here for b in range(request.block, request.block + request.count)):
-                self._abandon(holder, request)
+            pipeline = self._holders[peer].pipeline
+            request = pipeline.open[number]
+            if all(block in begun.here for block in request.blocks):
+                pipeline.abandon(request)
+                self._unask(request)
                 cancels.append(request)
         return cancels
 
-    def rejected(self, peer: PeerId, number: int, now: float) -> None:
-        """A holder will not serve a request: it does not have that chunk (any more).
+    def rejected(self, peer: PeerId, number: int, now: float, reason: int = REJECT_MISSING) -> None:
+        """A holder will not serve a request: it has not that chunk (any more), or is busy.
 
         Raises:
             RemoteProtocolError: never asked for, or answered before.
         """
         holder = self._holders.get(peer)
-        if holder is None or holder.abandoned.pop(number, None) is not None:
+        request = holder.pipeline.refused(number) if holder is not None else None
+        if holder is None or request is None:
             return
-        request = holder.open.get(number)
-        if request is None:
-            raise RemoteProtocolError(f"reject of {number}, which was never asked for", peer)
-        self._close(holder, request)
-        self._lacks(holder, request.key)
+        holder.pipeline.close(request)
+        if not (reason == REJECT_BUSY and holder.pipeline.narrow()):
+            self._lacks(holder, request.key)
+        self._unask(request)
 
     def _lacks(self, holder: _Holder, key: Key) -> None:
         """A holder announced a chunk and does not give it: as if it had not."""
         has = holder.has.get(key[0])
-        if has is not None and key[1] in has:
-            left = Bitfield(len(has))
-            for chunk in has:
-                if chunk != key[1]:
-                    left.add(chunk)
-            holder.has[key[0]] = left
-            self._updates[key[0]].holders[key[1]] -= 1
+        if has is not None and has.discard(key[1]):
+            self._one_holder_less(*key)
 
     def expire(self, now: float) -> list[BlockRequest]:
         """Give up requests that took far too long for their holder; the ones to cancel."""
         expired: list[BlockRequest] = []
         for holder in self._holders.values():
-            for request in list(holder.open.values()):
-                if now >= self._gives_up_at(holder, request):
-                    if holder.rate is not None:
-                        holder.rate /= 2
-                    self._abandon(holder, request)
+            pipeline = holder.pipeline
+            for request in list(pipeline.open.values()):
+                if now >= pipeline.gives_up_at(request):
+                    pipeline.slow_down()
+                    pipeline.abandon(request)
+                    self._unask(request)
                     expired.append(request)
         return expired
-
-    def _gives_up_at(self, holder: _Holder, request: BlockRequest) -> float:
-        # A holder that is answering others of ours in order is not late with this one.
-        since = max(request.sent_at, holder.busy_since)
-        patience = self._policy.patience * request.expected
-        return since + max(self._policy.patience_floor, patience)
 
     def next_timeout(self, now: float) -> float | None:
         """When ``expire`` or the endgame may have something to do."""
         times: list[float] = []
         for holder in self._holders.values():
-            for request in holder.open.values():
-                times.append(self._gives_up_at(holder, request))
-                overdue = request.sent_at + self._overdue_after(request)
+            pipeline = holder.pipeline
+            for request in pipeline.open.values():
+                times.append(pipeline.gives_up_at(request))
+                overdue = pipeline.overdue_at(request)
                 if overdue > now:
                     times.append(overdue)
         return min(times, default=None)
 
-    def _abandon(self, holder: _Holder, request: BlockRequest) -> None:
-        self._close(holder, request)
-        holder.abandoned[request.number] = request
-
-    def _close(self, holder: _Holder, request: BlockRequest) -> None:
-        del holder.open[request.number]
-        holder.in_flight -= request.size
-        self._unask(request)
-
-    def _unask(self, request: BlockRequest) -> None:
+    def _unask(self, request: BlockRequest, *, keep: bool = False) -> None:
+        """Forget that a request asked for its blocks; ``keep`` where its piece is here."""
         begun = self._begun.get(request.key)
         if begun is None:
             return
-        for block in range(request.block, request.block + request.count):
-            askers = begun.asked.get(block, [])
-            if (request.peer, request.number) in askers:
-                askers.remove((request.peer, request.number))
+        for block in request.blocks:
+            askers = begun.asked[block]
+            askers.remove((request.peer, request.number))
             if not askers:
-                begun.asked.pop(block, None)
+                del begun.asked[block]
+                begun.free += block not in begun.here
+        if not keep:
+            self._give_back(request.key, begun)
+
+    def _give_back(self, key: Key, begun: _Begun) -> None:
+        """A chunk of which nothing is here or asked for is not begun any more."""
+        if begun.asked or begun.here.count:
+            return
+        del self._begun[key]
+        for holder in self._holders.values():
+            if holder.holds(key):
+                holder.candidates.add(key)
 
     # --- questions ---------------------------------------------------------------------------
 
     def holder_rate(self, peer: PeerId) -> float:
-        """Measured rate of a holder in bytes per second; 0 before the first piece."""
+        """Measured rate of a holder in bytes per second; 0 before it could be measured."""
         holder = self._holders.get(peer)
-        return holder.rate or 0.0 if holder is not None else 0.0
+        return holder.pipeline.rate or 0.0 if holder is not None else 0.0
 
     def open_requests(self, peer: PeerId) -> int:
         """Requests to a holder that wait for their answer."""
         holder = self._holders.get(peer)
-        return len(holder.open) if holder is not None else 0
+        return len(holder.pipeline.open) if holder is not None else 0
 
     def bytes_verified(self, update: UpdateId) -> int:
         """Verified bytes of an update; 0 for one that is not fetched."""
@@ -524,9 +465,7 @@ class Picker:
     def missing_available(self, update: UpdateId) -> bool:
         """Whether some holder has a chunk of an update that is missing here."""
         known = self._updates.get(update)
-        return known is not None and any(
-            count and chunk not in known.complete for chunk, count in enumerate(known.holders)
-        )
+        return known is not None and known.obtainable > 0
 
     def chunk_states(self, update: UpdateId) -> str:
         """One character a chunk: "#" here, "+" begun, "." missing."""
@@ -541,27 +480,48 @@ class Picker:
     def validate(self) -> None:
         """Check the invariants; for tests."""
         for peer, holder in self._holders.items():
-            assert holder.in_flight == sum(r.size for r in holder.open.values())
-            assert len(holder.open) <= self._policy.active_requests
-            for request in holder.open.values():
+            pipeline = holder.pipeline
+            assert pipeline.in_flight == sum(r.size for r in pipeline.open.values())
+            assert len(pipeline.open) <= self._policy.active_requests
+            assert not pipeline.open.keys() & pipeline.abandoned.keys()
+            for request in pipeline.open.values():
                 begun = self._begun[request.key]
-                for block in range(request.block, request.block + request.count):
+                for block in request.blocks:
                     assert (peer, request.number) in begun.asked[block]
-            for key in holder.candidates:
-                assert key not in self._begun
-                assert key[1] not in self._updates[key[0]].complete
+            has = {(update, chunk) for update, chunks in holder.has.items() for chunk in chunks}
+            assert set(holder.candidates) == {
+                key
+                for key in has
+                if key not in self._begun and key[1] not in self._updates[key[0]].complete
+            }
         for key, begun in self._begun.items():
-            assert not begun.here.complete
-            for askers in begun.asked.values():
-                assert 0 < len(askers) <= self._policy.endgame_holders
-                for asker, number in askers:
-                    assert self._holders[asker].open[number].key == key
+            self._validate_begun(key, begun)
         for update, known in self._updates.items():
+            obtainable = 0
             for chunk, count in enumerate(known.holders):
-                having = sum(
-                    chunk in h.has[update] for h in self._holders.values() if update in h.has
-                )
+                having = sum(holder.holds((update, chunk)) for holder in self._holders.values())
                 assert count == having
+                if count and chunk not in known.complete:
+                    obtainable += self._missing(update, chunk)
+            assert known.obtainable == obtainable
+
+    def _validate_begun(self, key: Key, begun: _Begun) -> None:
+        manifest = self._updates[key[0]].manifest
+        assert not begun.here.complete
+        assert begun.here.count or begun.asked
+        assert begun.missing == sum(
+            self._range_size(manifest, key[1], block, 1)
+            for block in range(len(begun.here))
+            if block not in begun.here
+        )
+        assert begun.free == sum(
+            block not in begun.here and block not in begun.asked for block in range(len(begun.here))
+        )
+        for askers in begun.asked.values():
+            assert 0 < len(askers) <= self._policy.endgame_holders
+            assert len({peer for peer, _ in askers}) == len(askers)
+            for asker, number in askers:
+                assert self._holders[asker].pipeline.open[number].key == key
 
 
 def _unasked(begun: _Begun, limit: int) -> tuple[int, int]:

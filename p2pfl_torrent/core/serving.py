@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Effect, ToFetcher
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
-from p2pfl_torrent.core.manifest import UpdateId
+from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import (
     MAX_REQUEST_BYTES,
     REJECT_BUSY,
@@ -29,6 +29,9 @@ from p2pfl_torrent.core.messages import (
 )
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.uploads import UploadQueue
+
+ANNOUNCE_BYTES = 64 << 10  # of one Availability: less than a frame may have, soon through
+ENTRY_BYTES = 64  # of one update in it beside its bitfield: a hash, two rounds and their heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,19 @@ class Serving:
 
     def opened(self, peer: PeerId, oldest_round: int) -> list[Effect]:
         """A fetcher connected: tell it all that is held of rounds from ``oldest_round`` on."""
+        self.closed(peer)  # what was asked on a stream that this one replaces
         self.fetchers.add(peer)
-        updates = tuple(
+        updates = [
             chunks_of(known)
             for known in self._ledger
             if known.held.count and known.manifest.round >= oldest_round
-        )
-        return [ToFetcher(peer, Availability(updates))] if updates else []
+        ]
+        size = ENTRY_BYTES + max((len(item.chunks) for item in updates), default=0)
+        step = max(1, ANNOUNCE_BYTES // size)
+        return [
+            ToFetcher(peer, Availability(tuple(updates[start : start + step])))
+            for start in range(0, len(updates), step)
+        ]
 
     def closed(self, peer: PeerId) -> None:
         """A fetcher is gone, and its questions with it."""
@@ -102,6 +111,8 @@ class Serving:
             raise RemoteProtocolError("request outside the chunk or above the bound", peer)
         if request.chunk not in known.held:
             return [ToFetcher(peer, Reject(request.number, REJECT_MISSING))]
+        if self._uploads.waits(peer, request.number):
+            raise RemoteProtocolError(f"request {request.number} while it is open", peer)
         if not self._uploads.add(peer, request):
             return [ToFetcher(peer, Reject(request.number, REJECT_BUSY))]
         return []
@@ -113,6 +124,7 @@ class Serving:
             return None
         known = self._ledger.get(UpdateId(request.update))
         if known is None:  # pruned while the request waited
+            self._uploads.sent(peer, 0, now)
             return Reject(request.number, REJECT_GONE)
         offset, size = known.manifest.block_range(
             request.chunk, request.block, request.count, self._block_size
@@ -142,14 +154,19 @@ class Serving:
 
     def announce_update(self, known: KnownUpdate, *, with_manifest: bool) -> list[Effect]:
         """Tell every fetcher what is held of an update; its manifest first, where it is new."""
-        effects: list[Effect] = []
-        for peer in sorted(self.fetchers):
-            if with_manifest:
-                effects.append(ToFetcher(peer, ManifestData(known.manifest.encode())))
-            effects.append(ToFetcher(peer, Availability((chunks_of(known),))))
-        return effects
+        messages: list[Message] = [Availability((chunks_of(known),))]
+        if with_manifest:
+            messages.insert(0, ManifestData(known.manifest.encode()))
+        return [ToFetcher(peer, message) for peer in sorted(self.fetchers) for message in messages]
+
+    def show_manifests(self, *manifests: Manifest) -> list[Effect]:
+        """Send manifests to every fetcher: two of one owner for one round convict it."""
+        messages = [ManifestData(manifest.encode()) for manifest in manifests]
+        return [ToFetcher(peer, message) for peer in sorted(self.fetchers) for message in messages]
 
 
 def chunks_of(known: KnownUpdate) -> ChunksOf:
     """Which chunks of an update are held, for the wire."""
-    return ChunksOf(known.manifest.update, known.manifest.round, known.held.to_bytes())
+    return ChunksOf(
+        known.manifest.update, known.manifest.round, known.held.to_bytes(), known.counted_in or 0
+    )

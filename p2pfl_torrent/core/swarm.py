@@ -29,6 +29,7 @@ from p2pfl_torrent.core.manifest import (
     decode_manifest,
     decode_manifest_gossip,
     encode_header_gossip,
+    update_of,
 )
 from p2pfl_torrent.core.messages import (
     Availability,
@@ -102,6 +103,8 @@ class Swarm:
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}
         self._changed: set[UpdateId] = set()
+        self._taken = 0  # the round whose start weights were last taken from another peer
+        self._moved = True  # something happened by which the round may be over
         self._announced_at = 0.0
         self._settling_since = 0.0
         self._strikes: dict[PeerId, int] = {}
@@ -127,6 +130,9 @@ class Swarm:
             effects = self._handlers[type(stimulus)](stimulus, now)
         except RemoteProtocolError as error:
             effects = self.blame(error, getattr(stimulus, "peer", None))
+        for effect in list(effects):
+            if isinstance(effect, Drop):
+                effects.extend(self._left(effect.peer, now))
         effects.extend(self._judge(now))
         return effects
 
@@ -137,9 +143,19 @@ class Swarm:
         return []
 
     def _holder_closed(self, stimulus: ev.HolderClosed, now: float) -> list[Effect]:
+        if not self.fetching.asks(stimulus.peer):
+            return []
         self.fetching.closed(stimulus.peer)
         self._settling_since = now
-        return self.fetching.ask(now)
+        return self._ask(now)
+
+    def _left(self, peer: PeerId, now: float) -> list[Effect]:
+        """A peer is dropped: it is asked and answered no more, whatever is still on its streams."""
+        self.serving.closed(peer)
+        return self._holder_closed(ev.HolderClosed(peer), now)
+
+    def _ask(self, now: float) -> list[Effect]:
+        return self.fetching.ask(now, self.round + 1)
 
     def _fetcher_opened(self, stimulus: ev.FetcherOpened, now: float) -> list[Effect]:
         return self.serving.opened(stimulus.peer, self._oldest_round())
@@ -173,7 +189,7 @@ class Swarm:
 
     def _from_holder(self, stimulus: ev.FromHolder, now: float) -> list[Effect]:
         peer, message = stimulus.peer, stimulus.message
-        if peer not in self.fetching.holders:
+        if not self.fetching.asks(peer):
             return []
         if isinstance(message, Piece):
             return self._piece(peer, message, now)
@@ -188,30 +204,48 @@ class Swarm:
             for effect in list(effects):
                 if isinstance(effect, ev.StoreComplete):
                     self.ledger.hold(effect.update, effect.chunk)
+                    self._moved |= self.ledger[effect.update].held.complete
                     self._changed.add(effect.update)
                     effects.extend(self.serving.announce_chunk(effect.update, effect.chunk))
+        if any(isinstance(effect, Drop) for effect in effects):
+            return effects
         # Only this holder's pipeline has room now, unless a request was taken back elsewhere.
-        if any(isinstance(effect, (ev.ToHolder, Drop)) for effect in effects):
-            effects.extend(self.fetching.ask(now))
-        else:
-            effects.extend(self.fetching.ask_one(peer, now))
-        return effects
+        if any(isinstance(effect, ev.ToHolder) for effect in effects):
+            return effects + self._ask(now)
+        return effects + self.fetching.ask_blocks(peer, now)
 
     def _announced(self, peer: PeerId, message: Have | Availability, now: float) -> list[Effect]:
-        self.fetching.announced(peer, message, self._oldest_round(), self.round + 1)
+        self.fetching.announced(peer, message, self._oldest_round())
         self._settling_since = now
-        return self.fetching.ask(now)
+        effects: list[Effect] = []
+        if isinstance(message, Availability) and self._taken:
+            for item in message.updates:
+                effects.extend(self._contained(UpdateId(item.update)))
+        effects.extend(self.fetching.ask_manifests(now, self.round + 1))
+        return effects + self.fetching.ask_blocks(peer, now)
+
+    def _contained(self, update: UpdateId) -> list[Effect]:
+        """Leave out an update that the state taken over holds, as those say who counted it."""
+        known = self.ledger.get(update)
+        if known is None or known.counted_in is not None or known.manifest.round >= self._taken:
+            return []
+        counted_in = self.fetching.counted_elsewhere(update, self._taken)
+        if counted_in is None:
+            return []
+        self.ledger.count(update, known.held, counted_in)
+        self._moved = True
+        return self.fetching.stop(update)
 
     def _answer(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
         if isinstance(message, Reject):
-            self.picker.rejected(peer, message.number, now)
+            self.picker.rejected(peer, message.number, now, message.reason)
         elif isinstance(message, ManifestData):
             return self._manifest(message.manifest, peer, now)
         elif isinstance(message, NoManifest):
             self.fetching.no_manifest(peer, UpdateId(message.update))
         elif not isinstance(message, Pong):
             raise RemoteProtocolError(f"{type(message).__name__} on a stream for answers", peer)
-        return self.fetching.ask(now)
+        return self._ask(now)
 
     # --- manifests ---------------------------------------------------------------------------
 
@@ -231,7 +265,7 @@ class Swarm:
             effects = self._see(signed)
             if not self.ledger.equivocated(signed.owner, signed.round):
                 self.fetching.want(signed.update, signed.round)
-            return effects + self.fetching.ask(now)
+            return effects + self._ask(now)
         return []
 
     def _availability_gossip(self, stimulus: ev.AvailabilityGossip, now: float) -> list[Effect]:
@@ -243,6 +277,9 @@ class Swarm:
 
     def _manifest(self, data: bytes, via: PeerId, now: float) -> list[Effect]:
         """A whole manifest from a peer: checked, remembered, and its chunks asked for."""
+        claimed = update_of(data)
+        if claimed is not None and claimed in self.ledger:
+            return []  # it came from another neighbour, or by gossip too
         try:
             manifest = decode_manifest(
                 data,
@@ -253,7 +290,8 @@ class Swarm:
             )
         except RemoteProtocolError as error:
             return self.blame(error, via)
-        if manifest.update in self.ledger or not self._relevant(manifest.signed):
+        if not self._relevant(manifest.signed):
+            self.fetching.not_now(manifest.update, manifest.round, self.round)
             return []
         if manifest.owner not in self.live and manifest.owner not in self.dead:
             if len(self._parked) < MAX_PARKED:
@@ -263,6 +301,7 @@ class Swarm:
 
     def _see(self, signed: SignedHeader) -> list[Effect]:
         """Note a checked header; an equivocating owner is excluded for that round."""
+        self._moved = True
         proof = self.ledger.see(signed)
         if self.clock is not None and signed.round == self.clock.round:
             self.clock.published(signed.owner)
@@ -273,8 +312,12 @@ class Swarm:
         return [*effects, Emit(PeerDropped(proof.owner, reason, 0.0))]
 
     def _learn(self, manifest: Manifest, via: PeerId, now: float) -> list[Effect]:
+        first = self.ledger.update_of(manifest.owner, manifest.round)
         effects = self._see(manifest.signed)
         if self.ledger.equivocated(manifest.owner, manifest.round):
+            self.fetching.unwanted(manifest.update)
+            if effects and first is not None:  # found out now: others may have seen but one
+                effects.extend(self.serving.show_manifests(first.manifest, manifest))
             return effects
         known = self.ledger.add(manifest)
         known.after_deadline = manifest.round < self.round or (
@@ -288,13 +331,15 @@ class Swarm:
         )
         effects.append(Emit(seen))
         self._settling_since = now
-        return effects + self.fetching.ask(now)
+        effects.extend(self._contained(manifest.update))
+        return effects + self._ask(now)
 
     # --- members and rounds ------------------------------------------------------------------
 
     def _members_now(self, stimulus: ev.MembersNow, now: float) -> list[Effect]:
         self.live = MappingProxyType(dict(stimulus.live))
         self.dead = stimulus.dead
+        self._moved = True
         self._settling_since = now
         parked, self._parked = self._parked, {}
         effects: list[Effect] = []
@@ -306,6 +351,8 @@ class Swarm:
         self.round = stimulus.round
         self.phase = "training"
         self.clock = RoundClock(self.terms, self.round, now)
+        if stimulus.caught_up:
+            self._taken = self.round
         effects: list[Effect] = []
         for update in stimulus.forgotten:
             effects.extend(self.fetching.forget(update))
@@ -315,13 +362,14 @@ class Swarm:
             if contained and known.counted_in is None and known.manifest.round < self.round:
                 # The state taken over holds it already: counting it again would weigh it twice.
                 self.ledger.count(known.manifest.update, known.held, self.round - 1)
+            effects.extend(self._contained(known.manifest.update))
             if known.counted_in is not None:
                 effects.extend(self.fetching.stop(known.manifest.update))
         self.ledger.forget_rounds_before(self._oldest_round())
         self.fetching.forget_wanted_before(self._oldest_round())
         for owner in self.ledger.publishers(self.round):
             self.clock.published(owner)
-        return effects + self.fetching.ask(now)
+        return effects + self._ask(now)
 
     def _restored(self, stimulus: ev.Restored, now: float) -> list[Effect]:
         manifest = stimulus.manifest
@@ -362,6 +410,7 @@ class Swarm:
             effects.append(ev.StoreManifest(manifest))
         known = self.ledger[manifest.update]
         known.after_deadline = missed
+        self._moved = True
         self.clock.published(self.local)
         effects.append(ev.PublishManifest(self._gossip_form(manifest)))
         effects.extend(self.serving.announce_update(known, with_manifest=True))
@@ -371,7 +420,7 @@ class Swarm:
             self.phase = "closed"
             return [*effects, ev.MissedRound(self.round)]
         self.phase = "exchanging"
-        return effects + self.fetching.ask(now)
+        return effects + self._ask(now)
 
     @staticmethod
     def _gossip_form(manifest: Manifest) -> bytes:
@@ -383,7 +432,7 @@ class Swarm:
     def _tick(self, stimulus: ev.Tick, now: float) -> list[Effect]:
         self.picker.set_pressure(self._predicted_miss(now))
         expired = self.fetching.expire(now)
-        effects = expired + self.fetching.ask(now)
+        effects = expired + self._ask(now)
         if self._changed and now - self._announced_at >= self._policy.announce_interval:
             updates = tuple(
                 chunks_of(known)
@@ -423,8 +472,10 @@ class Swarm:
         change = clock.advance(self.live.keys(), now)
         if change is not None:
             effects.append(self._deadline_set(change, now))
-        if self.phase != "exchanging":
+        settled = now - self._settling_since >= self._policy.settle_seconds
+        if self.phase != "exchanging" or not (self._moved or settled or clock.passed(now)):
             return effects
+        self._moved = False
         state = self.standing()
         if not state.waiting_for and not state.lacking:
             return [*effects, *self._close("complete", state)]
@@ -432,7 +483,6 @@ class Swarm:
             if self._worth_extending(state):
                 return [*effects, self._deadline_set(clock.extend(now), now)]
             return [*effects, *self._close("deadline", state)]
-        settled = now - self._settling_since >= self._policy.settle_seconds
         if not state.waiting_for and not state.obtainable and settled:
             return [*effects, *self._close("settled", state)]
         return effects
@@ -454,7 +504,7 @@ class Swarm:
         if self.clock.extended or state.completeness >= wanted:
             return False
         rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
-        more = min(state.obtainable_bytes, rate * self.clock.extension())
+        more = min(state.obtainable, rate * self.clock.extension())
         return state.verified + more >= wanted * state.announced
 
     def _predicted_miss(self, now: float) -> float:
@@ -483,6 +533,9 @@ class Swarm:
         )
         for count in counted:
             self.ledger.count(count.manifest.update, count.chunks, self.round)
+        dropped = too_late(self.ledger, self.round, self.terms.max_staleness)
+        for known in dropped:
+            known.dropped = True
         # A member whose update is here in part is reported there, not as missing.
         heard = {count.manifest.owner for count in counted if count.status != "late"}
         close = ev.CloseRound(
@@ -490,7 +543,7 @@ class Swarm:
             closed_by=closed_by,
             counts=counted,
             missing=tuple(member for member in state.waiting_for if member not in heard),
-            dropped=too_late(self.ledger, self.round, self.terms.max_staleness),
+            dropped=tuple((known.manifest.owner, known.manifest.round) for known in dropped),
             completeness=state.completeness,
             extended=self.clock.extended,
             below_min_completion=state.completeness < self.terms.min_completion_ratio,

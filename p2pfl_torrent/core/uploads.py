@@ -50,15 +50,20 @@ class UploadQueue:
         self._rng = rng
         self._fetchers: dict[PeerId, _Fetcher] = {}
         self._sent_since_fade = 0
+        self._lucky: list[PeerId] = []  # who has the optimistic places, until each is served
 
     def add(self, peer: PeerId, request: Request) -> bool:
-        """Queue a request; False if the peer has too many waiting or reuses a number."""
+        """Queue a request; False if the peer has too many waiting."""
         fetcher = self._fetchers.setdefault(peer, _Fetcher())
-        full = len(fetcher.requests) >= self._policy.max_queued
-        if full or request.number in fetcher.requests:
+        if len(fetcher.requests) >= self._policy.max_queued:
             return False
         fetcher.requests[request.number] = request
         return True
+
+    def waits(self, peer: PeerId, number: int) -> bool:
+        """Whether a request with that number waits."""
+        fetcher = self._fetchers.get(peer)
+        return fetcher is not None and number in fetcher.requests
 
     def cancel(self, peer: PeerId, number: int) -> bool:
         """Take a request back; False if it was answered, is being answered or never came."""
@@ -82,6 +87,8 @@ class UploadQueue:
         if peer not in self._served(now):
             return None
         fetcher.sending_since = now
+        if peer in self._lucky:
+            self._lucky.remove(peer)
         return fetcher.requests.popitem(last=False)[1]
 
     def sent(self, peer: PeerId, nbytes: int, now: float) -> None:
@@ -131,7 +138,12 @@ class UploadQueue:
         waiting.sort(key=lambda peer: (self._fetchers[peer].sent, peer))
         chosen = waiting[: max(0, free - self._policy.optimistic)]
         others = waiting[len(chosen) :]
-        return chosen + self._rng.sample(others, min(len(others), free - len(chosen)))
+        places = free - len(chosen)
+        # The same ones until they are served: who is woken must also be let in.
+        self._lucky = [peer for peer in self._lucky if peer in others][:places]
+        rest = [peer for peer in others if peer not in self._lucky]
+        self._lucky += self._rng.sample(rest, places - len(self._lucky))
+        return chosen + self._lucky
 
     def validate(self) -> None:
         """Check the invariants; for tests."""
