@@ -1,0 +1,200 @@
+"""``PeerConfig``: everything one peer needs to know, checked."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import yaml
+
+from p2pfl_torrent.config.reading import known_keys, read_yaml, readable
+from p2pfl_torrent.config.schema import (
+    BittorrentSection,
+    ChunkSection,
+    FederateSection,
+    NetworkSection,
+    SecuritySection,
+    StorageSection,
+    SwarmSection,
+    TaskSection,
+    TopologySection,
+    section,
+    walk,
+)
+from p2pfl_torrent.core.chunking import Layout, plan
+from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.core.genesis import RoundTerms, Terms, TopologyTerms
+from p2pfl_torrent.core.tensors import ModelSpec
+from p2pfl_torrent.core.topology import validate as validate_topology
+
+_PEER_ID = "[1-9A-HJ-NP-Za-km-z]{40,64}"  # base58; what it decodes to is checked where it is used
+_PART = r"/[A-Za-z0-9._:%~-]+"
+_ADDRESS = re.compile(rf"({_PART}){{2,}}")
+_ADDRESS_OF_PEER = re.compile(rf"({_PART}){{2,}}/p2p/{_PEER_ID}")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConfig:
+    """The whole configuration; build it in code, or load it from YAML."""
+
+    swarm: SwarmSection = section(SwarmSection)
+    federate: FederateSection = section(FederateSection)
+    topology: TopologySection = section(TopologySection)
+    bittorrent: BittorrentSection = section(BittorrentSection)
+    chunk: ChunkSection = section(ChunkSection)
+    network: NetworkSection = section(NetworkSection)
+    security: SecuritySection = section(SecuritySection)
+    storage: StorageSection = section(StorageSection)
+    task: TaskSection = section(TaskSection)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PeerConfig:
+        """Read a YAML file; ConfigError names the file and the key."""
+        file = Path(path)
+        data = read_yaml(file)
+        try:
+            return cls.from_mapping(data)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_mapping(cls, data: object) -> PeerConfig:
+        """Build from nested dictionaries as YAML gives them; ConfigError names the key."""
+        plain = known_keys(cls, data)
+        try:
+            config = msgspec.convert(plain, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(readable(cls, str(error), plain)) from error
+        return config.validated()
+
+    def with_values(self, **values: object) -> PeerConfig:
+        """A copy with other values, keys written ``section__key`` (two underscores).
+
+        Raises:
+            ConfigError: as ``from_mapping``.
+        """
+        data = self.to_mapping()
+        for name, value in values.items():
+            *groups, inner = name.split("__")
+            place = data
+            for group in groups:
+                found = place.setdefault(group, {})
+                if not isinstance(found, dict):
+                    raise ConfigError(f"{name.replace('__', '.')} is not a key.")
+                place = found
+            place[inner] = value
+        return self.from_mapping(data)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Nested dictionaries; ``from_mapping`` is the reverse."""
+        return cast("dict[str, Any]", msgspec.to_builtins(self, str_keys=False))
+
+    def to_yaml(self) -> str:
+        """YAML that ``load`` reads."""
+        return yaml.safe_dump(self.to_mapping(), sort_keys=False)
+
+    def validated(self) -> PeerConfig:
+        """Itself, if every value is in its bounds and they fit together; else ConfigError."""
+        for path, item, _ in walk(PeerConfig):
+            value = attrgetter(path)(self)
+            bounds = item.metadata["bounds"]
+            if isinstance(value, (str, list, dict)):
+                if not bounds.hold(len(value)):
+                    unit = "characters" if isinstance(value, str) else "entries"
+                    raise ConfigError(f"{path} has {len(value)} {unit}: it may have {bounds}.")
+            elif not bounds.hold(value):
+                raise ConfigError(f"{path} is {value}: it must be {bounds}.")
+        self._check_addresses()
+        federate = self.federate
+        if federate.min_members > max(2, federate.client_num):
+            raise ConfigError(
+                f"federate.min_members is {federate.min_members}, above federate.client_num "
+                f"({federate.client_num}): the first rounds would merge nothing."
+            )
+        self._check_topology()
+        return self
+
+    def _check_addresses(self) -> None:
+        network, peer_id = self.network, re.compile(_PEER_ID)
+        _check_form("network.listen", network.listen, _ADDRESS, "/ip4/0.0.0.0/tcp/4001")
+        _check_form("network.announce", network.announce, _ADDRESS, "/ip4/192.0.2.1/tcp/4001")
+        _check_form("network.bootstrap", network.bootstrap, _ADDRESS_OF_PEER,
+                    "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..., as that peer printed it")  # fmt: skip
+        _check_form("security.allow", self.security.allow, peer_id, "12D3KooW...")
+        _check_form("topology.members", self.topology.members, peer_id, "12D3KooW...")
+
+    def _check_topology(self) -> None:
+        topology = self.topology
+        if (
+            topology.use
+            and topology.type != "custom"
+            and (topology.custom_graph or topology.members)
+        ):
+            unread = "custom_graph" if topology.custom_graph else "members"
+            raise ConfigError(
+                f"topology.{unread} is given, but topology.type is {topology.type}: make the type "
+                "custom, or remove it."
+            )
+        validate_topology(self.topology_terms(), self.federate.client_num)
+
+    # --- what the rooms need -----------------------------------------------------------------
+
+    def topology_terms(self) -> TopologyTerms:
+        """The overlay's part of the genesis."""
+        topology = self.topology
+        return TopologyTerms(
+            type=topology.type if topology.use else "full",
+            connections=topology.connections,
+            arity=topology.arity,
+            custom_graph=tuple(
+                (place, tuple(sorted(others)))
+                for place, others in sorted(topology.custom_graph.items())
+            ),
+            members=tuple(topology.members),
+        )
+
+    def plan_layout(self, spec: ModelSpec) -> Layout:
+        """Cut a model as ``chunk`` says."""
+        return plan(spec, num_chunks=self.chunk.num_chunks, block_size=self.chunk.block_size)
+
+    def terms(self, spec: ModelSpec, layout: Layout) -> Terms:
+        """What all peers of the swarm must agree on."""
+        federate = self.federate
+        return Terms(
+            name=self.swarm.name,
+            mode="swarm",
+            aggregator=federate.aggregator,
+            seed=self.swarm.seed,
+            model=spec.fingerprint(),
+            layout=layout.digest,
+            topology=self.topology_terms(),
+            rounds=RoundTerms(
+                total=federate.total_round_num,
+                client_num=federate.client_num,
+                min_members=federate.min_members,
+                join_timeout=federate.join_timeout,
+                train_timeout=federate.train_timeout,
+                exchange_timeout=self.bittorrent.timeout,
+                quorum=federate.quorum,
+                min_completion_ratio=self.bittorrent.min_completion_ratio,
+                max_staleness=federate.max_staleness,
+                fill_max_age=self.bittorrent.fill_max_age,
+                max_num_samples=federate.max_num_samples,
+            ),
+        )
+
+    def new_run_id(self) -> str:
+        """The run's nonce: the configured one, or a new one."""
+        return self.swarm.run_id or secrets.token_hex(16)
+
+
+def _check_form(name: str, values: Iterable[str], form: re.Pattern[str], example: str) -> None:
+    for value in values:
+        if not form.fullmatch(value):
+            raise ConfigError(f"{name}: {value!r} is not of the form {example}.")
