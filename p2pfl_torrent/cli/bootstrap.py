@@ -17,10 +17,10 @@ def run(arguments: Namespace) -> int:
     check_writable(arguments.json)
 
     def ready(addrs: tuple[str, ...]) -> None:
+        write_json(arguments.json, {"addrs": addrs})  # first: the line says that all is ready
         if arguments.json != STDOUT:
             for address in addrs:
                 print(address, flush=True)
-        write_json(arguments.json, {"addrs": addrs})
 
     run_bootstrap(
         tuple(arguments.listen or DEFAULT_LISTEN),

@@ -74,7 +74,7 @@ class PeerState:
         self.peer = snapshot.peer
         if self.phase not in ("left", "failed"):
             self.phase = snapshot.phase
-            self.round = max(self.round, snapshot.round)
+            self.round = max(self.round, min(snapshot.round, snapshot.total_rounds))
 
     def fail(self, problem: str) -> None:
         """The peer has ended with an error."""
@@ -99,6 +99,8 @@ class SwarmState:
 
     def apply(self, label: str, event: PeerEvent) -> str | None:
         """Take in a peer's event; the line that tells of it, if it is worth one."""
+        if isinstance(event, RoundStarted) and event.round > self.total_rounds:
+            return None  # the last aggregate would be the start of one more
         self.peers[label].apply(event)
         text = sentence(event, self.name_of)
         return None if text is None else self._tell(f"{label}: {text}")
