@@ -84,13 +84,19 @@ class Display:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # Rich would end the process from here; what a command runs is ended by its caller.
+        raise BrokenPipeError("whoever read this is gone")
+
+
 def console_for(stream: TextIO | None = None, *, plain: bool = False) -> Console:
     """A console on a stream; tables keep a readable width where it is no terminal.
 
     Args:
         plain: treat it as no terminal: lines, no colour.
     """
-    console = Console(
+    console = _Console(
         file=stream if stream is not None else sys.stdout,
         force_terminal=False if plain else None,
         highlight=False,
