@@ -13,7 +13,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -136,7 +136,7 @@ class World:
         self._streams: dict[tuple[PeerId, PeerId], _Stream] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._fed = 0
+        self.fed = 0
         for name in names:
             self.add(name)
         pairs = edges if edges is not None else map("".join, itertools.combinations(names, 2))
@@ -267,9 +267,9 @@ class World:
         """Tell a machine something, and do what it answers."""
         node = self[name]
         effects = node.swarm.handle(stimulus, self.now)
-        if self._fed % 5 == 0:  # it looks at everything: not after each of thousands of events
+        if self.fed % 5 == 0:  # it looks at everything: not after each of thousands of events
             node.swarm.picker.validate()
-        self._fed += 1
+        self.fed += 1
         node.effects.extend(effects)
         for effect in effects:
             self._apply(node, effect)
@@ -439,6 +439,15 @@ def _line(swarm: Swarm, update: UpdateId) -> str:
     return "".join("#" if chunk in known.held else "." for chunk in range(len(known.held)))
 
 
+def exchanging(**about: Any) -> World:
+    """Two linked peers that have just published, on links that carry no piece in a lifetime."""
+    world = World("ab", **{"rate": 1e-3, **about})
+    world.begin(1)
+    for name in "ab":
+        world.publish(name)
+    return world
+
+
 def weights(spec: ModelSpec, seed: str) -> dict[str, Array]:
     """Values of a model, the same for the same seed."""
     digest = hashlib.sha256(seed.encode()).digest()
@@ -473,6 +482,3 @@ def _genesis(round_terms: RoundTerms, layout: Layout) -> Genesis:
         rounds=round_terms,
     )
     return Genesis(terms=agreed, run_id="run", creator="a", initial_hash="00" * 32)
-
-
-__all__ = ["MODEL", "TERMS", "Node", "World", "over_the_wire", "terms", "weights"]

@@ -1,0 +1,373 @@
+"""Whole rounds of swarm machines in a simulated world."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.aggregation import discount
+from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
+from tests.core.swarm_world import World, terms
+
+RING = ["ab", "bc", "cd", "de", "ef", "fa"]
+STAR = ["ab", "ac", "ad", "ae", "af"]
+
+
+def closings(world: World, names: str, round: int = 1) -> set[str]:
+    return {world[name].closed[round].closed_by for name in names}
+
+
+def agree(world: World, names: str, round: int = 1) -> bool:
+    """Whether these peers counted the same and averaged to the same bits."""
+    counts = {world[name].counts(round) for name in names}
+    return len(counts) == 1 and len({world.aggregate(name, round) for name in names}) == 1
+
+
+def finish(world: World, names: str, round: int) -> None:
+    world.run_until(lambda: all(round in world[name].closed for name in names))
+
+
+def test_two_peers_exchange_and_close_complete() -> None:
+    world = World("ab")
+    world.play()
+    assert closings(world, "ab") == {"complete"}
+    assert world.picture("a") == {"a": "#########", "b": "#########"}
+    assert [count[0] for count in world["a"].counts(1)] == ["a", "b"]
+    assert agree(world, "ab")
+    assert world["a"].closed[1].completeness == 1.0
+    assert world["a"].closed[1].missing == ()
+
+
+@pytest.mark.parametrize("gossip", [True, False], ids=["gossip", "no gossip"])
+@pytest.mark.parametrize("edges", [None, RING, STAR], ids=["full", "ring", "star"])
+def test_six_peers_end_with_the_same_chunks(edges: list[str] | None, gossip: bool) -> None:
+    world = World("abcdef", edges=edges, gossip=gossip)
+    world.play()
+    assert closings(world, "abcdef") == {"complete"}
+    assert all(len(node.counts(1)) == 6 for node in world.nodes.values())
+    assert agree(world, "abcdef")
+    world.run(5.0)
+    assert world.unanswered() == 0
+
+
+def test_chunks_are_relayed_before_their_update_is_whole() -> None:
+    world = World("abcd", edges=["ab", "bc", "cd"], rate=5_000.0)
+    world.begin(1)
+    world.publish("a")
+    world.run_until(lambda: "#" in world.picture("a")["d"])
+    assert "." in world.picture("a")["b"]
+    assert "." in world.picture("a")["c"]
+
+
+def test_ten_rounds_run_one_after_the_other() -> None:
+    world = World("abcd", edges=["ab", "bc", "cd"])
+    for round in range(1, 11):
+        world.play(round)
+        assert closings(world, "abcd", round) == {"complete"}
+        assert agree(world, "abcd", round)
+        assert {count[1] for count in world["a"].counts(round)} == {round}
+
+
+def test_the_same_seed_makes_the_same_history() -> None:
+    def history() -> list[str]:
+        world = World("abcd", seed=7)
+        world.play()
+        return [_text(effect) for node in world.nodes.values() for effect in node.effects]
+
+    assert history() == history()
+
+
+def _text(effect: ev.Effect) -> str:
+    if isinstance(effect, ev.StoreBlocks):
+        return repr(replace(effect, data=bytes(effect.data)))
+    return repr(effect)
+
+
+def test_a_peer_that_dies_in_mid_exchange_is_not_waited_for() -> None:
+    world = World("abcde", rate=5_000.0)
+    world.begin(1)
+    for name in "abcde":
+        world.publish(name)
+    world.run_until(lambda: any("#" in line for line in list(world.picture("e").values())[:4]))
+    world.kill("e")
+    world.members("abcd", dead="e")
+    died = world.now
+    finish(world, "abcd", 1)
+    assert closings(world, "abcd") <= {"settled", "complete"}
+    assert world.now < died + 10.0  # the deadline is 30 s after the quorum
+    assert agree(world, "abcd")
+    status = {str(c.manifest.owner): c.status for c in world["a"].closed[1].counts}
+    assert status == {**dict.fromkeys("abcd", "complete"), "e": "dead"}
+
+
+def test_a_silent_member_costs_no_more_than_the_deadline() -> None:
+    world = World("abc")
+    world.begin(1)
+    world.publish("a")
+    world.publish("b")
+    finish(world, "ab", 1)
+    assert closings(world, "ab") == {"deadline"}
+    assert world["a"].closed[1].missing == ("c",)
+    assert 30.0 <= world.now < 31.0
+    assert agree(world, "ab")
+
+
+def test_an_altered_block_is_refused_and_fetched_elsewhere() -> None:
+    world = World("abc")
+    world["b"].corrupts = True
+    world.play(names="abc")
+    for name in "ac":
+        assert {event.sender for event in world[name].told(BlockRefused)} == {"b"}
+        drops = world[name].sent(ev.Drop)
+        assert [drop.peer for drop in drops] == ["b"]  # what it had under way is not looked at
+    # a's and c's own are everywhere; of b's nobody could get a byte.
+    assert {count[0] for count in world["a"].counts(1)} == {"a", "c"}
+    assert agree(world, "ac")
+
+
+def test_a_straggler_is_counted_late_once_by_all_with_a_discount() -> None:
+    world = World("abcd")
+    world.begin(1)
+    for name in "abc":
+        world.publish(name, samples=10)
+    finish(world, "abc", 1)
+    world.begin(2, "abc")
+    world.run(1.0)
+    world.publish("d", 1, samples=40)  # past the deadline here, too
+    assert world["d"].missed == [1]
+    world.begin(2, "d", caught_up=True)
+    world.run(1.0)
+    for name in "abcd":
+        world.publish(name, 2, samples=10)
+    finish(world, "abcd", 2)
+    assert agree(world, "abcd", 2)
+    late = [c for c in world["a"].closed[2].counts if c.status == "late"]
+    assert [(c.manifest.owner, c.manifest.round) for c in late] == [("d", 1)]
+    assert late[0].weight == 40 * discount(1)
+    world.play(3)
+    assert {count[1] for count in world["b"].counts(3)} == {3}
+
+
+def test_a_joiner_does_not_count_again_what_its_state_holds() -> None:
+    world = World("abc", edges=["ab", "bc"])
+    world.play(1)
+    world.play(2)
+    world.add("j")
+    world.begin(3, "abc")
+    world.link("j", "b")  # before it has taken the state, as a peer may
+    world.members("abcj")
+    world.run(1.0)
+    world.begin(3, "j", caught_up=True)
+    world.run(1.0)
+    for name in "abcj":
+        world.publish(name, 3)
+    finish(world, "abcj", 3)
+    assert {count[1] for count in world["j"].counts(3)} == {3}
+    assert agree(world, "abcj", 3)
+
+
+def test_a_joiner_counts_a_late_update_that_the_state_does_not_hold() -> None:
+    world = World("abcd", edges=["ab", "bc", "cd"])
+    world.begin(1)
+    for name in "abc":
+        world.publish(name)
+    finish(world, "abc", 1)
+    world.begin(2, "abc")
+    world.run(1.0)
+    world.publish("d", 1)
+    world.begin(2, "d", caught_up=True)
+    world.run(1.0)
+    world.add("j")
+    world.link("j", "a")
+    world.members("abcdj")
+    world.begin(2, "j", caught_up=True)
+    world.run(1.0)
+    for name in "abcdj":
+        world.publish(name, 2)
+    finish(world, "abcdj", 2)
+    late = [(count[0], count[1]) for count in world["j"].counts(2) if count[1] == 1]
+    assert late == [("d", 1)]
+    assert agree(world, "abcdj", 2)
+
+
+def test_what_was_announced_too_early_is_fetched_in_its_round() -> None:
+    world = World("abc", edges=["ab", "bc"], gossip=False)
+    world.play(1)
+    world.begin(2)
+    world.members("ab")  # c sleeps: it stays in round 2, and nobody waits for it
+    for round in (2, 3):
+        world.begin(round, "ab")
+        for name in "ab":
+            world.publish(name, round)
+        finish(world, "ab", round)
+    world.begin(4, "ab")
+    world.publish("a", 4)
+    world.publish("b", 4)
+    world.members("abc", joined=5)
+    world.run(1.0)
+    world.begin(4, "c", caught_up=True)
+    world.run(5.0)
+    assert world.picture("a", 4)["c"] == world.picture("b", 4)["c"] == "#########"
+    world.publish("c", 4)
+    finish(world, "c", 4)
+    assert {count[1] for count in world["c"].counts(4)} == {4}
+
+
+def test_equivocation_excludes_its_owner_for_that_round() -> None:
+    world = World("abcd", edges=["ab", "bc", "cd"], gossip=False)
+    world.begin(1)
+    first, second = world.update("d", 1), world.update("d", 1, salt="other")
+    world.feed("d", ev.UpdateReady(first))
+    world.run(0.5)
+    # Only a hears of the second; whoever sees both shows both to its neighbours.
+    world.feed("a", ev.ManifestGossip(world["d"].name, second.encode()))
+    for name in "abc":
+        world.publish(name)
+    finish(world, "abc", 1)
+    assert {count[0] for count in world["a"].counts(1)} == {"a", "b", "c"}
+    assert agree(world, "abc")
+    dropped = world["c"].told(PeerDropped)
+    assert [(event.peer, event.seconds) for event in dropped] == [("d", 0.0)]
+    assert world["c"].sent(ev.Drop) == []
+
+
+def test_the_next_round_of_an_equivocator_counts() -> None:
+    world = World("abc")
+    world.begin(1)
+    second = world.update("c", 1, salt="other")
+    for name in "abc":
+        world.publish(name)
+    for name in "ab":
+        world.feed(name, ev.ManifestGossip(world["c"].name, second.encode()))
+    finish(world, "ab", 1)
+    assert {count[0] for count in world["a"].counts(1)} == {"a", "b"}
+    world.play(2)
+    assert {count[0] for count in world["a"].counts(2)} == {"a", "b", "c"}
+
+
+def test_manifests_beyond_the_next_round_are_dropped() -> None:
+    world = World("ab")
+    world.begin(1)
+    for round, known in ((2, True), (3, False), (1000, False)):
+        manifest = world.update("b", round)
+        world.feed("a", ev.ManifestGossip(world["b"].name, manifest.encode()))
+        assert (manifest.update in world["a"].swarm.ledger) is known
+
+
+def test_one_early_manifest_starts_no_clock() -> None:
+    world = World("abcd")
+    world.begin(1)
+    world.publish("a")
+    world.run(50.0)
+    assert all(node.told(DeadlineSet) == [] for node in world.nodes.values())
+    world.publish("b")
+    world.run(1.0)
+    for node in world.nodes.values():
+        (deadline,) = node.told(DeadlineSet)
+        assert deadline.why == "quorum"
+    assert 1 not in world["a"].closed
+
+
+def test_the_train_deadline_starts_the_clock_without_a_quorum() -> None:
+    world = World("abcd")
+    world.begin(1)
+    world.publish("a")
+    finish(world, "a", 1)
+    assert [event.why for event in world["a"].told(DeadlineSet)] == ["train_timeout"]
+    assert 130.0 <= world.now < 131.0
+
+
+def slow_world(rate: float) -> World:
+    """Two peers whose link needs ``2768 / rate`` seconds for an update, with 10 s of window."""
+    return World("ab", rate=rate, terms=terms(exchange_timeout=10.0, min_completion_ratio=0.9))
+
+
+def test_below_min_completion_the_window_is_extended_once_if_that_helps() -> None:
+    world = slow_world(200.0)
+    world.play()
+    assert [event.why for event in world["a"].told(DeadlineSet)] == ["quorum", "extension"]
+    close = world["a"].closed[1]
+    assert close.extended
+    assert not close.below_min_completion
+    assert close.completeness >= 0.9
+
+
+def test_the_window_is_not_extended_where_that_cannot_help() -> None:
+    world = slow_world(100.0)
+    world.play()
+    assert [event.why for event in world["a"].told(DeadlineSet)] == ["quorum"]
+    close = world["a"].closed[1]
+    assert close.closed_by == "deadline"
+    assert not close.extended
+    assert close.below_min_completion
+    assert 0.0 < close.completeness < 0.9
+    assert 10.0 <= world["a"].closed_at[1] < 10.5
+
+
+def test_a_partial_update_is_filled_with_the_owners_last() -> None:
+    world = World("ab", terms=terms(exchange_timeout=10.0))
+    world.play(1)
+    world.rate = 150.0
+    world.play(2)
+    count = next(c for c in world["a"].closed[2].counts if c.manifest.owner == "b")
+    assert count.status == "partial"
+    assert 0 < len(count.chunks) < 9
+    assert set(count.fills) == set(range(9)) - set(count.chunks)
+    assert set(count.fills.values()) == {world["b"].updates[1]}
+
+
+def test_an_update_too_old_to_count_is_reported_dropped_once() -> None:
+    world = World("abc", edges=["ab"], terms=terms(max_staleness=1))
+    world.begin(1)
+    world.publish("c")  # nobody has an edge to it, only its manifest arrives
+    world.run(0.1)
+    world.members("ab")
+    for round in range(1, 6):
+        if round > 1:
+            world.begin(round, "ab")
+        for name in "ab":
+            world.publish(name, round)
+        finish(world, "ab", round)
+    dropped = [world["a"].closed[round].dropped for round in range(1, 6)]
+    assert dropped == [(), (), (("c", 1),), (), ()]
+
+
+def test_a_lost_edge_and_a_new_one_in_mid_exchange() -> None:
+    world = World("abcd", edges=["ab", "bc", "cd"], rate=5_000.0)
+    world.begin(1)
+    for name in "abcd":
+        world.publish(name)
+    world.run(0.4)
+    world.unlink("b", "c")
+    world.run(0.4)
+    world.link("a", "d")
+    finish(world, "abcd", 1)
+    assert closings(world, "abcd") == {"complete"}
+    assert agree(world, "abcd")
+
+
+def test_what_was_restored_is_not_fetched_again() -> None:
+    world = World("ab", rate=3_000.0)
+    world.begin(1)
+    for name in "ab":
+        world.publish(name)
+    world.run_until(lambda: world.picture("b")["a"].count("#") >= 4)
+    before = world["a"]
+    known = before.swarm.ledger[world["b"].updates[1]]
+    own = before.swarm.ledger[world["a"].updates[1]]
+    world.kill("a")
+    reborn = world.add("a")
+    reborn.blocks, reborn.updates = before.blocks, before.updates
+    for update in (known, own):
+        world.feed("a", ev.Restored(update.manifest, update.held, {}, None))
+    held = known.held.count
+    world.members("ab")
+    world.link("a", "b")
+    world.feed("a", ev.RoundBegun(1))
+    world.feed("a", ev.UpdateReady(own.manifest))
+    finish(world, "ab", 1)
+    stored = {(effect.update, effect.chunk) for effect in reborn.sent(ev.StoreComplete)}
+    assert len(stored) == 9 - held
+    assert agree(world, "ab")
