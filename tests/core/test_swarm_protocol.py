@@ -19,12 +19,17 @@ UNKNOWN = UpdateId(b"u" * 32)
 
 
 def ask(
-    world: World, number: int, *, update: UpdateId | None = None, **where: int
+    world: World,
+    number: int,
+    *,
+    chunk: int = 0,
+    block: int = 0,
+    count: int = 1,
+    update: UpdateId | None = None,
 ) -> list[ev.Effect]:
     """What a answers to a request of b."""
-    place = {"chunk": 0, "block": 0, "count": 1, **where}
     update = update if update is not None else world["a"].updates[1]
-    request = m.Request(number, update, **place)
+    request = m.Request(number, update, chunk, block, count)
     return world["a"].swarm.handle(ev.FromFetcher(B, request), world.now)
 
 
@@ -105,11 +110,12 @@ def test_a_new_stream_owes_nothing_of_the_one_it_replaces() -> None:
 
 @pytest.mark.parametrize(
     "where",
-    [{"chunk": 9}, {"block": 3}, {"block": 1, "count": 3}, {"count": 0xFFFF}, {"chunk": 0xFFFF}],
+    [(9, 0, 1), (0, 3, 1), (0, 1, 3), (0, 0, 0xFFFF), (0xFFFF, 0, 1)],
     ids=str,
 )
-def test_a_request_outside_the_update_costs_the_connection(where: dict[str, int]) -> None:
-    assert drops(ask(exchanging(), 5, **where)) == [B]
+def test_a_request_outside_the_update_costs_the_connection(where: tuple[int, int, int]) -> None:
+    chunk, block, count = where
+    assert drops(ask(exchanging(), 5, chunk=chunk, block=block, count=count)) == [B]
 
 
 def test_a_number_that_is_open_may_not_be_used_again() -> None:
