@@ -8,29 +8,37 @@ What is tracked, and why:
    some holder has, so that whether a round may settle is a look at a number.
 2. Chunks begun: some block asked for or here. They are finished first, since only a whole chunk
    can be announced and averaged; the number being asked for is bounded (the pending pool).
-3. Per holder: the chunks it has that are missing and not begun, in a set that can be sampled in
-   O(1). A pick looks at a bounded sample, never at all chunks: near the best, and cheap.
-4. Per holder: open requests (the active pool), its measured rate, and so how many bytes it may
-   have in flight: about a second's worth, or heartbeats drown behind them (``pipeline``).
-5. Requests that are overdue by their holder's own rate: near the end another holder is asked too
-   (endgame), and the first answer cancels the other.
+3. Per update and chunk: a stagger, drawn here once. Peers with equal views take different chunks,
+   and one peer takes from all owners in turn.
+4. Per holder: the chunks it has that are missing and not begun, in a heap by score. Scores mostly
+   fall (others announce the same chunk), so the top is scored anew when it is looked at, and sinks
+   if it fell; after what raises scores (a holder left, the pressure changed) the heap is made anew
+   at its next use. So the pick is the best, and no event looks at all chunks.
+5. Per holder: open requests (the active pool), its measured rate and lag, and so how many bytes it
+   may have in flight (about a second's worth, or heartbeats drown behind them) and when it will
+   deliver (``pipeline``). A slow holder is not asked for what another brings much sooner.
+6. Endgame: a holder with nothing else to be asked for is asked for what another brings much later
+   or is late with; the first answer cancels the other.
+7. A holder that let its patience pass is asked nothing until it has answered what it owes.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import REJECT_BUSY, REJECT_MISSING
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.pipeline import OVERDUE_FLOOR, BlockRequest, Key, PickerPolicy, Pipeline
-from p2pfl_torrent.core.sampling import SampleSet
+from p2pfl_torrent.core.pipeline import HICCUP, BlockRequest, Key, PickerPolicy, Pipeline
 
 __all__ = ["BlockRequest", "Picker", "PickerPolicy", "Received"]
+
+PRESSURE_STEP = 0.125  # a smaller change of the pressure is not worth ordering all chunks anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +49,13 @@ class Received:
         duplicate_bytes: of blocks that were here already.
         chunk_complete: every block of its chunk is here now.
         cancels: requests to other holders that are superfluous now.
+        blocks: that were not here before.
     """
 
     duplicate_bytes: int
     chunk_complete: bool
     cancels: tuple[BlockRequest, ...]
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -53,6 +63,7 @@ class _Update:
     manifest: Manifest
     complete: Bitfield
     merit: list[float]  # per chunk, rank of importance x age, 0-1
+    stagger: list[float]  # per chunk, 0-1, evenly spread in an order drawn here
     holders: list[int]  # per chunk, how many announced it
     bytes_verified: int = 0
     obtainable: int = 0  # bytes missing of chunks that some holder has
@@ -70,7 +81,8 @@ class _Begun:
 class _Holder:
     pipeline: Pipeline
     has: dict[UpdateId, Bitfield] = field(default_factory=dict)
-    candidates: SampleSet[Key] = field(default_factory=SampleSet)
+    order: list[tuple[float, UpdateId, int]] = field(default_factory=list)  # heap: -score, chunk
+    ordered_in: int = 0  # the epoch in which the heap was made
 
     def holds(self, key: Key) -> bool:
         has = self.has.get(key[0])
@@ -89,7 +101,8 @@ class Picker:
         self._holders: dict[PeerId, _Holder] = {}
         self._pressure = 0.0
         self._picked = 0
-        self._quiet_until = 0.0  # no open request is overdue before
+        self._epoch = 0  # counts what makes heaps stale
+        self._bytes_missing = 0
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -118,7 +131,7 @@ class Picker:
         for place, chunk in enumerate(order):
             merit[chunk] = place / max(1, len(entries) - 1)
         done = complete if complete is not None else Bitfield(len(entries))
-        update = _Update(manifest, done, merit, [0] * len(entries))
+        update = _Update(manifest, done, merit, self._stagger(len(entries)), [0] * len(entries))
         update.bytes_verified = sum(entries[chunk].size for chunk in done)
         self._updates[manifest.update] = update
         for chunk, blocks in (verified or {}).items():
@@ -129,17 +142,25 @@ class Picker:
                     blocks, entries[chunk].size - here, free
                 )
                 update.bytes_verified += here
+        self._bytes_missing += manifest.header.payload_bytes - update.bytes_verified
+
+    def _stagger(self, chunks: int) -> list[float]:
+        order = list(range(chunks))
+        self._rng.shuffle(order)
+        return [(place + self._rng.random()) / chunks for place in order]
 
     def remove_update(self, update: UpdateId) -> list[BlockRequest]:
         """Stop fetching an update; the requests to cancel."""
-        if self._updates.pop(update, None) is None:
+        known = self._updates.pop(update, None)
+        if known is None:
             return []
+        self._bytes_missing -= known.manifest.header.payload_bytes - known.bytes_verified
+        self._epoch += 1  # or its chunks would stay at the bottom of every heap
         for key in [key for key in self._begun if key[0] == update]:
             del self._begun[key]
         cancels: list[BlockRequest] = []
         for holder in self._holders.values():
-            for chunk in holder.has.pop(update, ()):
-                holder.candidates.discard((update, chunk))
+            holder.has.pop(update, None)
             pipeline = holder.pipeline
             for request in [r for r in pipeline.open.values() if r.update == update]:
                 pipeline.abandon(request)
@@ -149,7 +170,7 @@ class Picker:
     def add_holder(self, peer: PeerId) -> None:
         """A holder connected; nothing is known of it yet."""
         self.remove_holder(peer)
-        self._holders[peer] = _Holder(Pipeline(peer, self._policy))
+        self._holders[peer] = _Holder(Pipeline(peer, self._policy), ordered_in=self._epoch)
 
     def remove_holder(self, peer: PeerId) -> None:
         """A holder is gone; what it was asked for can be asked of others."""
@@ -161,6 +182,7 @@ class Picker:
                 self._one_holder_less(update, chunk)
         for request in holder.pipeline.open.values():
             self._unask(request)
+        self._epoch += 1
 
     def holder_has(self, peer: PeerId, update: UpdateId, chunks: Iterable[int]) -> None:
         """A holder announced chunks of an update that is known here."""
@@ -175,9 +197,8 @@ class Picker:
             known.holders[chunk] += 1
             if chunk in known.complete:
                 continue
-            begun = self._begun.get((update, chunk))
-            if begun is None:
-                holder.candidates.add((update, chunk))
+            if (update, chunk) not in self._begun:
+                self._enqueue(holder, (update, chunk))
             if known.holders[chunk] == 1:
                 known.obtainable += self._missing(update, chunk)
 
@@ -199,7 +220,11 @@ class Picker:
 
         0 picks the rarest first, 1 the most important and longest unseen.
         """
-        self._pressure = min(1.0, max(0.0, share))
+        share = min(1.0, max(0.0, share))
+        extreme = share in (0.0, 1.0) and share != self._pressure
+        if extreme or abs(share - self._pressure) >= PRESSURE_STEP:
+            self._pressure = share
+            self._epoch += 1
 
     # --- asking ------------------------------------------------------------------------------
 
@@ -207,85 +232,128 @@ class Picker:
         """What to ask of a holder now, as far as its pipeline has room."""
         holder = self._holders.get(peer)
         requests: list[BlockRequest] = []
-        while holder is not None and holder.pipeline.has_room:
-            found = self._find(holder, now)
+        while holder is not None:
+            limit = holder.pipeline.room(self._layout.block_size)
+            found = self._find(holder, limit, now) if limit else None
             if found is None:
                 break
             requests.append(self._ask(holder, *found, now))
         return requests
 
-    def _max_blocks(self, holder: _Holder) -> int:
-        return max(1, holder.pipeline.max_request_bytes // self._layout.block_size)
-
-    def _find(self, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
+    def _find(self, holder: _Holder, limit: int, now: float) -> tuple[Key, int, int] | None:
         """(chunk, first block, blocks) to ask of a holder: begun first, then new, then endgame."""
-        limit = self._max_blocks(holder)
         pending = 0
         for key, begun in self._begun.items():
             pending += bool(begun.asked)
-            if begun.free and holder.holds(key):
+            if begun.free and holder.holds(key) and self._is_worth(holder, key, limit, now):
                 return key, *_unasked(begun, limit)
-        if pending < self._policy.pending_chunks or not holder.pipeline.open:
-            best = self._best(holder)
-            if best is not None:
-                return best, *_unasked(self._begin(best), limit)
-        return self._endgame(holder, now)
+        if pending < self._policy.pending_chunks or holder.pipeline.dry:
+            for key in self._best(holder):
+                if self._is_worth(holder, key, limit, now):
+                    return key, *_unasked(self._begin(key), limit)
+        return self._endgame(holder, limit, now)
 
-    def _best(self, holder: _Holder) -> Key | None:
-        """The chunk to begin next: the one comparison that is the policy."""
-        sample = holder.candidates.sample(self._policy.sample, self._rng)
-        if not sample:
-            return None
-        if self._picked < self._policy.random_first:
-            return sample[0]
-        return max(sample, key=self._score)
+    def _best(self, holder: _Holder) -> Iterator[Key]:
+        """Chunks to begin next with a holder, the best first; a few, where the caller declines."""
+        if holder.ordered_in != self._epoch:
+            self._order(holder)
+        order = holder.order
+        if order and self._picked < self._policy.random_first:
+            drawn = self._rng.choice(order)[1:]
+            if self._could_begin(holder, drawn):
+                yield drawn
+        declined: list[tuple[float, UpdateId, int]] = []
+        try:
+            while order and len(declined) < self._policy.look:
+                negative, update, chunk = order[0]
+                key = update, chunk
+                if not self._could_begin(holder, key):
+                    heappop(order)
+                elif self._score(key) < -negative:
+                    heapreplace(order, (-self._score(key), *key))
+                else:
+                    yield key
+                    declined.append(heappop(order))
+        finally:
+            for entry in declined:
+                heappush(order, entry)
+
+    def _could_begin(self, holder: _Holder, key: Key) -> bool:
+        known = self._updates.get(key[0])
+        if known is None or key[1] in known.complete or key in self._begun:
+            return False
+        return holder.holds(key)
+
+    def _enqueue(self, holder: _Holder, key: Key) -> None:
+        """A chunk of a holder may be begun; a stale heap will find it when it is made anew."""
+        if holder.ordered_in == self._epoch:
+            heappush(holder.order, (-self._score(key), *key))
+
+    def _order(self, holder: _Holder) -> None:
+        holder.order = [
+            (-self._score((update, chunk)), update, chunk)
+            for update, chunks in holder.has.items()
+            for chunk in chunks
+            if self._could_begin(holder, (update, chunk))
+        ]
+        heapify(holder.order)
+        holder.ordered_in = self._epoch
 
     def _score(self, key: Key) -> float:
-        update, chunk = key
-        known = self._updates[update]
-        rarity = 1.0 / max(1, known.holders[chunk])
+        """How soon to begin a chunk: the one comparison that is the policy."""
+        known, chunk = self._updates[key[0]], key[1]
+        stagger = known.stagger[chunk]
         if self._policy.selection == "random":
-            return self._rng.random()
+            return stagger
         p = 1.0 if self._policy.selection == "importance" else self._pressure
-        noise = self._policy.noise * self._rng.random()
-        return p * known.merit[chunk] + (1.0 - p) * rarity + noise
+        rarity = 1.0 / max(1, known.holders[chunk])
+        return p * known.merit[chunk] + (1.0 - p) * rarity + self._policy.noise * stagger
+
+    def _is_worth(self, holder: _Holder, key: Key, limit: int, now: float) -> bool:
+        """Whether to ask a holder for what others may have too.
+
+        Not if another will deliver it much sooner (in less than half the time), unless this one
+        would idle and all that is missing takes longer than this one needs to deliver.
+        """
+        nbytes = limit * self._layout.block_size
+        mine = holder.pipeline.delay(nbytes, now)
+        if mine <= HICCUP or holder.pipeline.rate is None:
+            return True
+        pipelines = [h.pipeline for h in self._holders.values() if h is holder or h.holds(key)]
+        usable = [p for p in pipelines if p.rate is not None and p.usable]
+        if not any(2.0 * pipeline.delay(nbytes, now) + HICCUP < mine for pipeline in usable):
+            return True
+        if holder.pipeline.open:
+            return False
+        return self._bytes_missing >= mine * sum(p.rate for p in usable if p.rate is not None)
 
     def _begin(self, key: Key) -> _Begun:
         update, chunk = key
         entry = self._updates[update].manifest.entries[chunk]
         begun = self._begun[key] = _Begun(Bitfield(entry.num_blocks), entry.size, entry.num_blocks)
         self._picked += 1
-        for holder in self._holders.values():
-            holder.candidates.discard(key)
         return begun
 
-    def _endgame(self, holder: _Holder, now: float) -> tuple[Key, int, int] | None:
-        """Blocks that other holders are late with, if this one has them too."""
-        if now < self._quiet_until:
-            return None
-        limit, late = self._max_blocks(holder), False
-        quiet_until = now + OVERDUE_FLOOR  # of a request that is sent from now on
-        for key, begun in self._begun.items():
-            for block, askers in begun.asked.items():
-                overdue_at = max(self._overdue_at(asker) for asker in askers)
-                if overdue_at > now:
-                    quiet_until = min(quiet_until, overdue_at)
+    def _endgame(self, holder: _Holder, limit: int, now: float) -> tuple[Key, int, int] | None:
+        """Blocks that another holder will bring much later than this one would."""
+        much_later = 2.0 * holder.pipeline.delay(limit * self._layout.block_size, now) + HICCUP
+        for other in self._holders.values():
+            if other is holder or other.pipeline.longest(now) <= much_later:
+                continue
+            for request in other.pipeline.open.values():
+                if other.pipeline.remaining(request, now) <= much_later:
                     continue
-                late = True
-                count = 0
-                while count < limit and self._may_ask_too(holder, key, begun, block + count):
-                    count += 1
-                if count:
-                    return key, block, count
-        self._quiet_until = now if late else quiet_until
+                for block in request.blocks:
+                    count = 0
+                    while count < limit and self._may_ask_too(holder, request.key, block + count):
+                        count += 1
+                    if count:
+                        return request.key, block, count
         return None
 
-    def _overdue_at(self, asker: tuple[PeerId, int]) -> float:
-        pipeline = self._holders[asker[0]].pipeline
-        return pipeline.overdue_at(pipeline.open[asker[1]])
-
-    def _may_ask_too(self, holder: _Holder, key: Key, begun: _Begun, block: int) -> bool:
+    def _may_ask_too(self, holder: _Holder, key: Key, block: int) -> bool:
         """Whether one more holder may be asked for a block that others were asked for."""
+        begun = self._begun[key]
         askers = begun.asked.get(block)
         return (
             askers is not None
@@ -343,11 +411,14 @@ class Picker:
         if begun is None:
             begun = self._begin(request.key)
         duplicate = 0
+        fresh: list[int] = []
         superfluous: dict[tuple[PeerId, int], None] = {}
         for block in request.blocks:
             size = self._range_size(known.manifest, request.chunk, block, 1)
             if begun.here.add(block):
+                fresh.append(block)
                 known.bytes_verified += size
+                self._bytes_missing -= size
                 begun.missing -= size
                 begun.free -= block not in begun.asked
                 if known.holders[request.chunk]:
@@ -360,7 +431,7 @@ class Picker:
         if complete:
             known.complete.add(request.chunk)
             del self._begun[request.key]
-        return Received(duplicate, complete, tuple(cancels))
+        return Received(duplicate, complete, tuple(cancels), tuple(fresh))
 
     def _cancel_covered(
         self, begun: _Begun, asked: Iterable[tuple[PeerId, int]]
@@ -398,28 +469,32 @@ class Picker:
             self._one_holder_less(*key)
 
     def expire(self, now: float) -> list[BlockRequest]:
-        """Give up requests that took far too long for their holder; the ones to cancel."""
+        """Give up on holders that took far too long; the requests to cancel.
+
+        A holder answers in order, so with its oldest request all the others wait too.
+        """
         expired: list[BlockRequest] = []
         for holder in self._holders.values():
             pipeline = holder.pipeline
+            oldest = next(iter(pipeline.open.values()), None)
+            if oldest is None or now < pipeline.gives_up_at(oldest):
+                continue
+            pipeline.slow_down()
             for request in list(pipeline.open.values()):
-                if now >= pipeline.gives_up_at(request):
-                    pipeline.slow_down()
-                    pipeline.abandon(request)
-                    self._unask(request)
-                    expired.append(request)
+                pipeline.expire(request)
+                self._unask(request)
+                expired.append(request)
         return expired
 
     def next_timeout(self, now: float) -> float | None:
         """When ``expire`` or the endgame may have something to do."""
         times: list[float] = []
         for holder in self._holders.values():
-            pipeline = holder.pipeline
-            for request in pipeline.open.values():
-                times.append(pipeline.gives_up_at(request))
-                overdue = pipeline.overdue_at(request)
-                if overdue > now:
-                    times.append(overdue)
+            for request in holder.pipeline.open.values():
+                times.append(holder.pipeline.gives_up_at(request))
+                # While it is late, others may become worth asking for the same: look now and then.
+                times.append(max(now, holder.pipeline.late_from) + HICCUP)
+                break
         return min(times, default=None)
 
     def _unask(self, request: BlockRequest, *, keep: bool = False) -> None:
@@ -443,9 +518,26 @@ class Picker:
         del self._begun[key]
         for holder in self._holders.values():
             if holder.holds(key):
-                holder.candidates.add(key)
+                self._enqueue(holder, key)
 
     # --- questions ---------------------------------------------------------------------------
+
+    def held(self, update: UpdateId) -> Bitfield:
+        """A copy of which chunks are here; of no length for an update that is not fetched."""
+        known = self._updates.get(update)
+        if known is None:
+            return Bitfield(0)
+        return Bitfield.from_bytes(known.complete.to_bytes(), len(known.complete))
+
+    def availability(self, update: UpdateId) -> list[int]:
+        """Per chunk, how many holders announced it; empty for an update that is not fetched."""
+        known = self._updates.get(update)
+        return list(known.holders) if known is not None else []
+
+    def delay(self, peer: PeerId, nbytes: int, now: float) -> float:
+        """Seconds until a holder would deliver bytes asked for now; infinite for a stranger."""
+        holder = self._holders.get(peer)
+        return holder.pipeline.delay(nbytes, now) if holder is not None else float("inf")
 
     def holder_rate(self, peer: PeerId) -> float:
         """Measured rate of a holder in bytes per second; 0 before it could be measured."""
@@ -488,12 +580,8 @@ class Picker:
                 begun = self._begun[request.key]
                 for block in request.blocks:
                     assert (peer, request.number) in begun.asked[block]
-            has = {(update, chunk) for update, chunks in holder.has.items() for chunk in chunks}
-            assert set(holder.candidates) == {
-                key
-                for key in has
-                if key not in self._begun and key[1] not in self._updates[key[0]].complete
-            }
+            assert pipeline.expired <= pipeline.abandoned.keys()
+            self._validate_order(holder)
         for key, begun in self._begun.items():
             self._validate_begun(key, begun)
         for update, known in self._updates.items():
@@ -504,6 +592,22 @@ class Picker:
                 if count and chunk not in known.complete:
                     obtainable += self._missing(update, chunk)
             assert known.obtainable == obtainable
+        assert self._bytes_missing == sum(
+            known.manifest.header.payload_bytes - known.bytes_verified
+            for known in self._updates.values()
+        )
+
+    def _validate_order(self, holder: _Holder) -> None:
+        """Every chunk that a holder could begin is in its heap, with at least its score."""
+        if holder.ordered_in != self._epoch:
+            return
+        stored: dict[Key, float] = {}
+        for negative, update, chunk in holder.order:
+            stored[update, chunk] = max(-negative, stored.get((update, chunk), -negative))
+        for update, chunks in holder.has.items():
+            for chunk in chunks:
+                if self._could_begin(holder, (update, chunk)):
+                    assert stored[update, chunk] >= self._score((update, chunk))
 
     def _validate_begun(self, key: Key, begun: _Begun) -> None:
         manifest = self._updates[key[0]].manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
@@ -15,7 +16,8 @@ Key = tuple[UpdateId, int]
 FIRST_RATE = 16_000.0  # bytes per second assumed of an unmeasured holder: 128 kbit/s
 RATE_WEIGHT = 0.3  # of a new sample: follows a change within a few pieces
 SAMPLE_SECONDS = 0.01  # pieces that one read brings together say nothing about the link's rate
-OVERDUE_FLOOR = 0.25  # seconds; below that a hiccup of the scheduler looks like a slow holder
+HICCUP = 0.25  # seconds; less looks like a slow holder where only the scheduler was
+LAG_WEIGHT = 0.25  # of a new sample: RFC 6298's for a deviation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +29,20 @@ class PickerPolicy:
             (that alone) or "random".
         active_requests: open requests per holder (the seed's active pool).
         pending_chunks: chunks begun at once (the seed's pending pool).
-        endgame_holders: holders asked for the same blocks when one of them is overdue.
+        endgame_holders: holders asked for the same blocks when one of them is slow or late.
         target_seconds: of a holder's rate that may be in flight.
         request_seconds: of a holder's rate that one request asks for; a fast link asks for a whole
             chunk in one frame, a slow one for one block.
+        dry_seconds: with less than this of its rate in flight a holder would soon idle, so it may
+            begin a chunk above ``pending_chunks``: the longest round trip worth hiding.
         first_bytes: in flight before a rate is known: half a second of 1 Mbit/s.
-        sample: chunks compared per pick.
-        noise: of the score, so that peers with equal views differ.
+        look: chunks looked at when others will bring the first ones sooner: a slow holder can
+            afford that, and is better off with what only it has.
+        noise: how much the stagger weighs against rarity and merit: two ranks among twenty chunks,
+            and less than one holder more or less while a chunk is rare.
         random_first: chunks picked at random at first, to have something to offer soon.
         patience: a request is given up after this many times its expected time, and
         patience_floor: seconds at least; a busy holder's queue is not its fault.
-        overdue: times its expected time after which the endgame asks another holder too.
         owed_answers: requests given up that a holder has not answered all the same; with more than
             these it is asked nothing.
     """
@@ -48,19 +53,25 @@ class PickerPolicy:
     endgame_holders: int = 2
     target_seconds: float = 1.0
     request_seconds: float = 0.25
+    dry_seconds: float = 0.25
     first_bytes: int = 64 << 10
-    sample: int = 48
-    noise: float = 0.05
+    look: int = 8
+    noise: float = 0.1
     random_first: int = 2
     patience: float = 6.0
     patience_floor: float = 5.0
-    overdue: float = 3.0
     owed_answers: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRequest:
-    """Blocks asked of one holder."""
+    """Blocks asked of one holder.
+
+    Attributes:
+        number: unique among the requests of its holder.
+        size: bytes of the ``count`` blocks from ``block`` on.
+        expected: seconds from ``sent_at`` after which its answer was expected then.
+    """
 
     peer: PeerId
     number: int
@@ -82,6 +93,11 @@ class BlockRequest:
         """The blocks it asks for."""
         return range(self.block, self.block + self.count)
 
+    @property
+    def due(self) -> float:
+        """When its answer was expected."""
+        return self.sent_at + self.expected
+
 
 class Pipeline:
     """Requests to one holder, in the order asked.
@@ -90,6 +106,9 @@ class Pipeline:
         open: by number, requests that wait for their answer.
         abandoned: requests given up that still owe an answer; a late piece is welcome.
         rate: measured, in bytes per second; None before the first sample.
+        lag: smoothed seconds by which answers come later than the rate alone explains: round trip,
+            jitter, other fetchers' turns.
+        expired: of the abandoned, those that were late beyond patience.
     """
 
     __slots__ = (
@@ -100,7 +119,9 @@ class Pipeline:
         "_seconds",
         "_since",
         "abandoned",
+        "expired",
         "in_flight",
+        "lag",
         "open",
         "peer",
         "rate",
@@ -112,23 +133,68 @@ class Pipeline:
         self.abandoned: dict[int, BlockRequest] = {}
         self.in_flight = 0
         self.rate: float | None = None
+        self.lag = 0.0
+        self.expired: set[int] = set()
         self._policy = policy
         self._limit = policy.active_requests
         self._next_number = 0
-        self._since = 0.0  # the last answer, or when the pipeline ceased to be empty
+        # The last piece, or when the holder began to owe any: a piece of an abandoned request takes
+        # its time on the link like any other.
+        self._since = 0.0
         self._bytes = 0
         self._seconds = 0.0
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more request may be sent."""
-        if not self.open:
-            return len(self.abandoned) < self._policy.owed_answers
-        return (
-            len(self.open) < self._limit
-            and self.in_flight < self._window()
-            and len(self.abandoned) < self._policy.owed_answers
-        )
+    def usable(self) -> bool:
+        """Whether the holder is asked at all: not while it owes answers to what expired."""
+        return not self.expired and len(self.abandoned) < self._policy.owed_answers
+
+    def room(self, block_size: int) -> int:
+        """How many blocks the next request may ask for; 0 for none."""
+        if not self.usable or (self.open and len(self.open) >= self._limit):
+            return 0
+        free = self._window() - self.in_flight
+        if self.open and free < block_size:
+            return 0
+        return max(1, int(min(free, self.max_request_bytes)) // block_size)
+
+    @property
+    def dry(self) -> bool:
+        """Whether so little is in flight that the holder would idle before the next request."""
+        return not self.open or self.in_flight < self._rate() * self._policy.dry_seconds
+
+    def _rate(self) -> float:
+        return self.rate if self.rate is not None else FIRST_RATE
+
+    def delay(self, nbytes: int, now: float) -> float:
+        """Seconds until bytes asked for now are expected, behind all that is in flight."""
+        return self.lag + (self.in_flight + nbytes) / self._rate() + self.overdue(now)
+
+    @property
+    def late_from(self) -> float:
+        """From when on its oldest open request is late; infinite with none open.
+
+        Of an unmeasured holder nothing can be expected but that it takes as long again as it took
+        already: it is late from the start, and twice as late later.
+        """
+        for request in self.open.values():
+            return request.due if self.rate is not None else request.sent_at
+        return math.inf
+
+    def overdue(self, now: float) -> float:
+        """Seconds by which its oldest answer is late."""
+        return max(0.0, now - self.late_from)
+
+    def remaining(self, request: BlockRequest, now: float) -> float:
+        """Seconds until an open request is expected; what is late, as late again."""
+        due = request.due if self.rate is not None else now
+        return max(0.0, due - now) + self.overdue(now)
+
+    def longest(self, now: float) -> float:
+        """``remaining`` of the newest open request, which is the last to be answered."""
+        for request in reversed(self.open.values()):
+            return self.remaining(request, now)
+        return 0.0
 
     def _window(self) -> float:
         if self.rate is None:
@@ -138,17 +204,15 @@ class Pipeline:
     @property
     def max_request_bytes(self) -> int:
         """What one request may ask for."""
-        rate = self.rate if self.rate is not None else FIRST_RATE
-        return min(MAX_REQUEST_BYTES, int(rate * self._policy.request_seconds))
+        return min(MAX_REQUEST_BYTES, int(self._rate() * self._policy.request_seconds))
 
     def ask(self, key: Key, block: int, count: int, size: int, now: float) -> BlockRequest:
         """Open a request."""
-        rate = self.rate if self.rate is not None else FIRST_RATE
-        expected = (self.in_flight + size) / rate
+        expected = self.lag + (self.in_flight + size) / self._rate()
         request = BlockRequest(
             self.peer, self._next_number, *key, block, count, size, now, expected
         )
-        if not self.open:
+        if not self.open and not self.abandoned:
             self._since = now
         self._next_number = (self._next_number + 1) & 0xFFFFFFFF
         self.open[request.number] = request
@@ -165,6 +229,11 @@ class Pipeline:
         self.close(request)
         self.abandoned[request.number] = request
 
+    def expire(self, request: BlockRequest) -> None:
+        """Give a request up that was late beyond patience: nothing more until it is answered."""
+        self.abandon(request)
+        self.expired.add(request.number)
+
     def piece(self, number: int, size: int, now: float) -> BlockRequest:
         """Match a piece to its request, open or abandoned, and measure.
 
@@ -176,9 +245,12 @@ class Pipeline:
             raise RemoteProtocolError(f"piece {number} was never asked for", self.peer)
         if size != request.size:
             raise RemoteProtocolError(f"piece of {size} bytes instead of {request.size}", self.peer)
-        if self.open:
-            self._measure(size, now)
+        if self.rate is not None:
+            late = max(0.0, now - request.due + self.lag)
+            self.lag += LAG_WEIGHT * (late - self.lag)
+        self._measure(size, now)
         self.abandoned.pop(number, None)
+        self.expired.discard(number)
         return request
 
     def _measure(self, size: int, now: float) -> None:
@@ -197,6 +269,7 @@ class Pipeline:
         Raises:
             RemoteProtocolError: never asked for, or answered before.
         """
+        self.expired.discard(number)
         if self.abandoned.pop(number, None) is not None:
             return None
         request = self.open.get(number)
@@ -215,11 +288,7 @@ class Pipeline:
             self.rate /= 2
 
     def gives_up_at(self, request: BlockRequest) -> float:
-        """When a request has taken far too long."""
+        """When an open request, the oldest, has taken far too long."""
         # A holder that is answering others of ours in order is not late with this one.
         since = max(request.sent_at, self._since)
         return since + max(self._policy.patience_floor, self._policy.patience * request.expected)
-
-    def overdue_at(self, request: BlockRequest) -> float:
-        """When another holder may be asked for the same."""
-        return request.sent_at + max(OVERDUE_FLOOR, self._policy.overdue * request.expected)
