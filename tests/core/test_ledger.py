@@ -1,0 +1,111 @@
+"""Each update counts once; a second manifest excludes; the last received fills a gap."""
+
+from __future__ import annotations
+
+from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.ledger import Ledger
+from p2pfl_torrent.core.manifest import Manifest, UpdateId
+from p2pfl_torrent.core.peers import PeerId
+from tests.core.swarm_world import World
+
+A = PeerId("a")
+WORLD = World("ab", edges=[])
+
+
+def bits(text: str) -> Bitfield:
+    field = Bitfield(len(text))
+    for index, mark in enumerate(text):
+        if mark == "#":
+            field.add(index)
+    return field
+
+
+def update(round: int, owner: str = "a", salt: str = "") -> Manifest:
+    return WORLD.update(owner, round, salt=salt)
+
+
+def ledger(*held: tuple[Manifest, str]) -> Ledger:
+    made = Ledger(9)
+    for manifest, chunks in held:
+        assert made.see(manifest.signed) is None
+        made.add(manifest, bits(chunks))
+    return made
+
+
+def countable(made: Ledger, round: int, staleness: int = 2) -> list[tuple[str, int]]:
+    return [(k.manifest.owner, k.manifest.round) for k in made.countable(round, staleness)]
+
+
+def test_what_may_count_is_in_canonical_order_and_not_too_old() -> None:
+    made = ledger(*((update(r, o), "#########") for r in (3, 1, 2, 4) for o in "ba"))
+    assert countable(made, 3) == [("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2), ("b", 3)]
+    assert countable(made, 4, 1) == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
+
+
+def test_an_update_counts_once() -> None:
+    first = update(1)
+    made = ledger((first, "#########"))
+    made.count(first.update, range(9), 1)
+    assert countable(made, 1) == countable(made, 2) == []
+    assert made[first.update].counted_in == 1
+
+
+def test_what_was_counted_is_known_after_a_restart() -> None:
+    first = update(1)
+    made = ledger((first, "####....."))
+    made.restore_counted({first.update: 1, UpdateId(b"x" * 32): 1})
+    assert countable(made, 2) == []
+    assert made.ages(A, 3) == [2, 2, 2, 2, 3, 3, 3, 3, 3]
+
+
+def test_two_manifests_for_a_round_exclude_both_and_are_proven_once() -> None:
+    first, second, third = update(1), update(1, salt="x"), update(1, salt="y")
+    made = ledger((first, "#########"), (update(2), "#########"))
+    proof = made.see(second.signed)
+    assert proof is not None
+    assert (proof.owner, proof.round, proof.first, proof.second) == (
+        "a",
+        1,
+        first.update,
+        second.update,
+    )
+    assert made.see(second.signed) is made.see(third.signed) is made.see(first.signed) is None
+    assert made.equivocated(A, 1)
+    assert made.update_of(A, 1) is None
+    assert countable(made, 2) == [("a", 2)]
+
+
+def test_the_last_received_version_of_a_chunk_fills() -> None:
+    old, new = update(1), update(3)
+    made = ledger((old, "#########"), (new, "##......."))
+    assert made.fill(A, 0, 4, 5) == new.update
+    assert made.fill(A, 8, 4, 5) == old.update
+    assert made.fill(A, 8, 4, 2) is None  # three rounds old
+    assert made.fill(A, 0, 2, 5) is None  # of a later round
+    assert made.fill(PeerId("b"), 0, 4, 5) is None
+    late = update(2)
+    made.see(late.signed)
+    made.add(late, bits("#########"))
+    assert made.fill(A, 0, 4, 5) == new.update
+    assert made.fill(A, 8, 4, 5) == late.update
+
+
+def test_what_left_the_store_fills_no_more() -> None:
+    old = update(1)
+    made = ledger((old, "#########"))
+    made.forget(old.update)
+    made.forget(old.update)
+    assert made.fill(A, 0, 2, 5) is None
+    assert old.update not in made
+    assert made.has_published(A, 1)
+    made.forget_rounds_before(2)
+    assert not made.has_published(A, 1)
+
+
+def test_publishers_are_known_by_their_headers() -> None:
+    made = Ledger(9)
+    made.see(update(1).signed)
+    made.see(update(1, "b").signed)
+    made.see(update(2, "b").signed)
+    assert made.publishers(1) == {"a", "b"}
+    assert made.publishers(2) == {"b"}
