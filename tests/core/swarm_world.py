@@ -164,8 +164,11 @@ class World:
         return self.nodes[PeerId(name)]
 
     def link(self, a: str, b: str) -> None:
-        """Open both streams of an edge."""
+        """Open both streams of an edge; new ones replace what was open."""
         for fetcher, holder in ((a, b), (b, a)):
+            replaced = self._streams.get((PeerId(fetcher), PeerId(holder)))
+            if replaced is not None:
+                replaced.is_open = False
             self._streams[PeerId(fetcher), PeerId(holder)] = _Stream(
                 PeerId(fetcher), PeerId(holder), set(), self.now, self.now
             )
