@@ -73,7 +73,7 @@ class StateSource(Protocol):
         ...
 
     def read_state(self, round: int, offset: int, size: int) -> bytes:
-        """Bytes of the checkpoint that ``round`` starts from."""
+        """Bytes of the checkpoint that ``round`` starts from; OSError once it is gone."""
         ...
 
 
@@ -94,10 +94,24 @@ async def serve_state(stream: ByteStream, swarm: bytes, source: StateSource) -> 
         round, base_hash, size = state
         follows = question.send and question.expected in (b"", base_hash)
         await _write(stream, State(round, base_hash, size, follows))
-        for offset in range(0, size if follows else 0, PART_BYTES):
-            part = source.read_state(round, offset, min(PART_BYTES, size - offset))
-            await stream.write(part, PART_PATIENCE)
+        if follows and not await _send(stream, source, round, size):
+            await stream.reset()
+            return
     await stream.close()
+
+
+async def _send(stream: ByteStream, source: StateSource, round: int, size: int) -> bool:
+    """Send a checkpoint; False if it is gone, since this peer has gone on by some rounds."""
+    for offset in range(0, size, PART_BYTES):
+        wanted = min(PART_BYTES, size - offset)
+        try:
+            part = source.read_state(round, offset, wanted)
+        except OSError:
+            return False
+        if len(part) != wanted:
+            return False
+        await stream.write(part, PART_PATIENCE)
+    return True
 
 
 async def ask_state(stream: ByteStream, swarm: bytes) -> State | None:
