@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.ledger import Ledger
-from p2pfl_torrent.core.manifest import Manifest, UpdateId
+from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from tests.core.swarm_world import World
+from tests.core.small_ledgers import bits, ledger, update
 
 A = PeerId("a")
-WORLD = World("ab", edges=[])
-
-
-def bits(text: str) -> Bitfield:
-    field = Bitfield(len(text))
-    for index, mark in enumerate(text):
-        if mark == "#":
-            field.add(index)
-    return field
-
-
-def update(round: int, owner: str = "a", salt: str = "") -> Manifest:
-    return WORLD.update(owner, round, salt=salt)
-
-
-def ledger(*held: tuple[Manifest, str]) -> Ledger:
-    made = Ledger(9)
-    for manifest, chunks in held:
-        assert made.see(manifest.signed) is None
-        made.add(manifest, bits(chunks))
-    return made
 
 
 def countable(made: Ledger, round: int, staleness: int = 2) -> list[tuple[str, int]]:
