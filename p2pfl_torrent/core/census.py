@@ -151,7 +151,9 @@ class Census:
         old = self._records.get(peer)
         if old is not None:
             del self._known[old.fingerprint]
-            if _record(old).incarnation < _record(signed).incarnation:
+            new = _record(signed)
+            # As when they come late: none holds against a later life, or somebody who has left.
+            if _record(old).incarnation < new.incarnation or new.status == LEFT:
                 for void in self._suspicions.pop(peer, {}).values():
                     del self._known[void.fingerprint]
         self._records[peer] = signed

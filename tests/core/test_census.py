@@ -83,6 +83,19 @@ def test_after_comparing_all_know_the_same_whatever_came_first(
     assert not one.merge(other.missing_in(b""))
 
 
+def test_a_goodbye_voids_what_was_said_before_it_in_the_same_incarnation() -> None:
+    here, gone = record("b", 1, ACTIVE, 1), record("b", 1, LEFT, 1)
+    said = [record("a", 1, ACTIVE, 1), here, suspicion("a", "b", 1), gone]
+    late = census()
+    for signed in [said[0], here, gone, said[2]]:
+        late.merge(encode_batch([signed]))
+    early = census()
+    for signed in said:
+        early.merge(encode_batch([signed]))
+    assert early.digest() == late.digest()
+    assert not early.suspects()
+
+
 @given(said=statements, more=statements)
 def test_one_sync_of_two_questions_makes_equal(said: list[Signed], more: list[Signed]) -> None:
     asker, answerer = census(*said), census(*more)
