@@ -105,14 +105,16 @@ def counts(
     incomplete, is left for the next round while it is young enough.
     """
     result: list[Count] = []
-    for known in ledger.countable(round, terms.max_staleness):
+    counting = [
+        known
+        for known in ledger.countable(round, terms.max_staleness)
+        if _counts(known, round - known.manifest.round, terms.max_staleness)
+    ]
+    fresh = {known.manifest.update for known in counting}
+    for known in counting:
         header = known.manifest.header
         staleness = round - header.round
-        if known.held.count == 0:
-            continue
-        if staleness and not known.held.complete and staleness < terms.max_staleness:
-            continue
-        fills = _fills(known, round, terms.fill_max_age, ledger)
+        fills = _fills(known, round, terms.fill_max_age, ledger, fresh)
         result.append(
             Count(
                 manifest=known.manifest,
@@ -125,7 +127,17 @@ def counts(
     return tuple(result)
 
 
-def _fills(known: KnownUpdate, round: int, max_age: int, ledger: Ledger) -> dict[int, UpdateId]:
+def _counts(known: KnownUpdate, staleness: int, max_staleness: int) -> bool:
+    """Whether an update counts now, or is left for a later round."""
+    if known.held.count == 0:
+        return False
+    return staleness == 0 or known.held.complete or staleness == max_staleness
+
+
+def _fills(
+    known: KnownUpdate, round: int, max_age: int, ledger: Ledger, fresh: Set[UpdateId]
+) -> dict[int, UpdateId]:
+    """Chunk -> older update to take it from, but for ``fresh`` ones: those count by themselves."""
     if known.held.complete:
         return {}
     found = {
@@ -133,7 +145,11 @@ def _fills(known: KnownUpdate, round: int, max_age: int, ledger: Ledger) -> dict
         for chunk in range(len(known.held))
         if chunk not in known.held
     }
-    return {chunk: update for chunk, update in found.items() if update is not None}
+    return {
+        chunk: update
+        for chunk, update in found.items()
+        if update is not None and update not in fresh
+    }
 
 
 def _status(known: KnownUpdate, staleness: int, dead: bool) -> str:

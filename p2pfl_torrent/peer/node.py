@@ -60,7 +60,7 @@ from p2pfl_torrent.peer.snapshot import take_statistics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
 from p2pfl_torrent.protocols import members as members_protocol
 from p2pfl_torrent.protocols import state as state_protocol
-from p2pfl_torrent.store import Checkpoints, Store
+from p2pfl_torrent.store import Checkpoints, Store, StoreError
 
 MAX_QUEUED_GOSSIP = 64  # publications waiting; more are dropped, the edges repair
 PAUSE = 0.2  # seconds between two looks at who is there while joining
@@ -250,6 +250,11 @@ class Node:
             for chunk, verified in blocks.items():
                 if verified.complete:
                     held.add(chunk)
+            if manifest.owner == self.peer_id and not held.complete:
+                # Cut short before it was published: nobody knows it, and the one that this round
+                # will get must be the only one, or it looks like two.
+                self._store.forget([manifest.update])
+                continue
             counted_in = counted.get(manifest.update)
             self._exchange.feed(ev.Restored(manifest, held, blocks, counted_in))
 
@@ -266,7 +271,7 @@ class Node:
         claims = await self._catch_up.claims(self._others())
         furthest = max((claim.round for claim in claims.values()), default=0)
         last = self._store.last_round()
-        if last is not None and last[0] + 1 >= furthest:
+        if last is not None and last[0] + 1 >= furthest and self._is_sound(last, furthest):
             self._driver.set_ready(last[0] + 1)
             self._rounds.resume(last[0] + 1, last[1], caught_up=False)
             return True
@@ -281,6 +286,20 @@ class Node:
             )
         self._driver.set_ready(taken.round + 1)
         self._rounds.begin(taken.round, taken.arrays, taken.base_hash, caught_up=True)
+        return True
+
+    def _is_sound(self, last: tuple[int, bytes], furthest: int) -> bool:
+        """Whether the last checkpoint holds what was saved; if not, others' state will do.
+
+        Raises:
+            StoreError: it does not, and there are no others.
+        """
+        try:
+            self._checkpoints.load(*last)
+        except StoreError:
+            if furthest == 0:
+                raise
+            return False
         return True
 
     def _begin_with_own_weights(self, genesis: Genesis) -> None:

@@ -96,6 +96,13 @@ def test_missing_chunks_are_filled_with_what_is_not_too_old() -> None:
     assert found.fills == {2: old.update, 3: old.update}  # the oldest is three rounds old
 
 
+def test_a_late_update_that_counts_fills_nothing_besides() -> None:
+    late, part = update(1, "b"), update(2, "b")
+    made = ledger((late, "#########"), (part, "##......."))
+    found = counts(local=A, round=2, terms=TERMS, ledger=made, dead=set())
+    assert [(c.manifest.round, dict(c.fills)) for c in found] == [(1, {}), (2, {})]
+
+
 def test_too_late_and_published() -> None:
     first, second = update(1, "b"), update(2, "c")
     made = ledger((first, "#........"), (second, "........."))
