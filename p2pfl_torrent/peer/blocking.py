@@ -41,6 +41,9 @@ class Peer:
         evaluate: scores the model before and after each merge, for the report.
         optimizer: needed for ``federate.on_merge: reset``.
         calibration: batches for ``chunk.norm_policy: recalibrate``.
+        on_address: told each multiaddr under which this peer can be reached as soon as it listens,
+            in the network's thread; ``print`` will do. Joining takes until the others are there,
+            and they may need the address to come.
 
     Raises:
         ConfigError: the configuration and the arguments do not fit.
@@ -54,11 +57,12 @@ class Peer:
         evaluate: Evaluate | None = None,
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
+        on_address: Callable[[str], object] | None = None,
     ) -> None:
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy())
+        self._node = Node(config, self._model.spec, self._model.copy(), on_address)
         self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
         self._ready = threading.Event()
         self._token: trio.lowlevel.TrioToken | None = None

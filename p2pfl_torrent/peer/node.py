@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -71,14 +71,22 @@ class Node:
 
     Args:
         weights: the start weights this peer would begin a swarm with.
+        on_address: told each of the peer's addresses once it listens.
     """
 
-    def __init__(self, config: PeerConfig, spec: ModelSpec, weights: dict[str, Array]) -> None:
+    def __init__(
+        self,
+        config: PeerConfig,
+        spec: ModelSpec,
+        weights: dict[str, Array],
+        on_address: Callable[[str], object] | None = None,
+    ) -> None:
         self.config = config
         self.feed = EventFeed()
         self.peer_id = ""
         self.addrs: tuple[str, ...] = ()
         self.total_rounds = config.federate.total_round_num
+        self._on_address = on_address
         self._spec = spec
         self._weights: dict[str, Array] | None = weights
         self._layout = config.plan_layout(spec)
@@ -111,6 +119,9 @@ class Node:
         """Find the swarm, take its state, and return when a round may be trained."""
         self._nursery, self._host, self._gossip = nursery, host, gossip
         self.addrs = tuple(self.config.network.announce) or host.addrs()
+        if self._on_address is not None:
+            for address in self.addrs:
+                self._on_address(address)
         genesis, statements, via = await self._find_genesis()
         self._open_parts(genesis)
         self._serve()

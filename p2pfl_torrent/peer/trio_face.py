@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any
@@ -24,7 +24,7 @@ class AsyncPeer:
     block serves the neighbours until they have what they need, then says goodbye. Train in a
     thread (``trio.to_thread.run_sync``), so that chunks are served meanwhile.
 
-    Args: as ``Peer``.
+    Args: as ``Peer``; ``on_address`` is called in trio's own thread.
 
     Raises (on entering):
         ConfigError, GenesisMismatchError, JoinError and the other P2PFLErrors, one sentence each.
@@ -38,11 +38,12 @@ class AsyncPeer:
         evaluate: Evaluate | None = None,
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
+        on_address: Callable[[str], object] | None = None,
     ) -> None:
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy())
+        self._node = Node(config, self._model.spec, self._model.copy(), on_address)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> AsyncPeer:
