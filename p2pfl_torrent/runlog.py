@@ -331,25 +331,20 @@ class Recorder:
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="run-log", daemon=True)
 
-    def __enter__(self) -> Recorder:
+    def start(self) -> None:
+        """Begin; ``stop`` must follow."""
         self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         """Write what is left, and close the files.
 
         Raises:
-            RunLogError: something could not be written, and the block raised nothing itself.
+            RunLogError: something could not be written.
         """
         self._stop.set()
         self._thread.join()
         self._log.close()
-        if kind is None and self._error is not None:
+        if self._error is not None:
             raise RunLogError(f"The run directory could not be written: {self._error}.")
 
     def _run(self) -> None:

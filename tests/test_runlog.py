@@ -238,8 +238,10 @@ class Feed:
 
 def test_a_recorder_leaves_nothing_unwritten(tmp_path: Path) -> None:
     feed = Feed(EVERY_KIND[:2])
-    with Recorder(tmp_path, feed, snapshot):
-        feed.events.extend(EVERY_KIND[2:])
+    recorder = Recorder(tmp_path, feed, snapshot)
+    recorder.start()
+    feed.events.extend(EVERY_KIND[2:])
+    recorder.stop()
     assert [logged.event for logged in read_events(tmp_path)] == list(EVERY_KIND)
     assert read_statistics(tmp_path) == snapshot()
 
@@ -249,5 +251,6 @@ def test_a_recorder_says_that_it_could_not_write(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     recorder = Recorder(tmp_path, Feed(()), full)
-    with pytest.raises(RunLogError, match="No space left"), recorder:
-        pass
+    recorder.start()
+    with pytest.raises(RunLogError, match="No space left"):
+        recorder.stop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2pfl_torrent.cli.demo_swarm import topology_of
@@ -36,30 +35,25 @@ def run(arguments: Namespace) -> int:
     [task] = load_tasks(config, parts, [part])
     limit_threads()
     from p2pfl_torrent.peer import Peer
-    from p2pfl_torrent.runlog import Recorder
 
     trainer = task.trainer(config.federate.on_merge)
     calibration = list(trainer.batches()) if config.chunk.norm_policy == "recalibrate" else None
+    console = console_for(view_stream(arguments.json), plain=arguments.plain)
     peer = Peer(
         config.with_values(federate__on_merge="keep"),  # the trainer sees to its own optimizer
         trainer.model,
         evaluate=task.score,
         calibration=calibration,
+        on_address=lambda address: console.print(address, markup=False, soft_wrap=True),
     )
     label = f"part {part}/{parts}"
     rounds = config.federate.total_round_num
     swarm = SwarmState(config.swarm.name, topology_of(config), rounds, [label])
-    console = console_for(view_stream(arguments.json), plain=arguments.plain)
     with ExitStack() as stack:
-        if config.storage.run_dir:
-            run_dir = Path(config.storage.run_dir)
-            stack.enter_context(Recorder(run_dir, peer.events(), peer.snapshot))
         display = Display(swarm, console)
         stack.enter_context(Following(display, label, peer.events(), peer.snapshot))
         stack.enter_context(peer)
         addrs = peer.addrs
-        for address in addrs:
-            console.print(address, markup=False, soft_wrap=True)
         reports = take_part(peer, task, trainer, solo_is_wanted=not config.bittorrent.enable)
     write_json(arguments.json, {"peer_id": peer.peer_id, "addrs": addrs, "rounds": reports})
     return 0
@@ -100,6 +94,12 @@ def configured(arguments: Namespace) -> PeerConfig:
         values["network__listen"] = list(arguments.listen)
     if arguments.rounds:
         values["federate__total_round_num"] = arguments.rounds
+    if arguments.recipe:
+        values["task__recipe"] = arguments.recipe
+    if arguments.data:
+        values["task__data_root"] = arguments.data
+    if arguments.download:
+        values["task__download"] = True
     if arguments.state:
         values["storage__state_dir"] = arguments.state
     if arguments.run_dir:

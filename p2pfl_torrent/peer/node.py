@@ -54,6 +54,7 @@ from p2pfl_torrent.peer.adapters import HostDialer, StreamPort, open_stream
 from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import HostNetwork, JoinError, find_swarm, parse_bootstrap
+from p2pfl_torrent.peer.recording import recorded
 from p2pfl_torrent.peer.rounds import Merged, Rounds
 from p2pfl_torrent.peer.scoring import ImportanceScorer
 from p2pfl_torrent.peer.snapshot import take_statistics
@@ -94,6 +95,7 @@ class Node:
         self._initial_hash = model_hash(spec, weights)
         self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")
         self._stack = ExitStack()
+        self._is_open = False
         self._members: dict[PeerId, Member] = {}
         self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes]](
             MAX_QUEUED_GOSSIP
@@ -239,6 +241,7 @@ class Node:
             feed=self.feed,
             enabled=torrent.enable,
         )
+        self._is_open = True
 
     def _decode_own_store(self, data: bytes) -> Manifest:
         return decode_manifest(
@@ -394,6 +397,10 @@ class Node:
             now=trio.current_time(),
         )
 
+    def snapshot(self) -> PeerStatistics | None:
+        """``statistics``; None while there are none yet."""
+        return self.statistics() if self._is_open else None
+
     # --- the end -----------------------------------------------------------------------------
 
     async def finish(self) -> None:
@@ -405,10 +412,11 @@ class Node:
         await self._driver.leave()
 
     def close(self, reason: str) -> None:
-        """Release the state directory and end the event stream."""
+        """Release the state directory and say so."""
         self._stack.close()
+        if self._is_open:
+            self._rounds.phase = "stopped"
         self.feed.emit(Left(reason))
-        self.feed.end()
 
     # --- members and overlay -----------------------------------------------------------------
 
@@ -559,6 +567,15 @@ class Node:
 @asynccontextmanager
 async def open_node(node: Node) -> AsyncIterator[Node]:
     """Run a node: joined and ready to train inside the block, gone after it."""
+    try:
+        async with recorded(node.config.storage.run_dir, node.feed, node.snapshot), _run(node):
+            yield node
+    finally:
+        node.feed.end()
+
+
+@asynccontextmanager
+async def _run(node: Node) -> AsyncIterator[None]:
     failure: BaseException | None = None
     reason = "finished"
     try:
@@ -568,7 +585,7 @@ async def open_node(node: Node) -> AsyncIterator[Node]:
             async with trio.open_nursery() as nursery:
                 try:
                     await node.start(nursery, host, gossip)
-                    yield node
+                    yield
                     await node.finish()
                 except BaseException as error:  # noqa: BLE001 - raised again below, outside the
                     failure = error  # nursery that would wrap it in a group

@@ -81,6 +81,7 @@ def test_a_member_that_waits_can_be_interrupted(number: int, tmp_path: Path) -> 
     file = tmp_path / "swarm.yaml"
     file.write_text("federate: {client_num: 2, join_timeout: 100}")
     with running("join", str(file), "--part", "1/2", "--state", str(tmp_path / "state")) as peer:
+        assert "/p2p/" in first_line(peer)  # for the others, who have not come yet
         assert "joined swarm" in first_line(peer)
         peer.send_signal(number)
         _, errors = peer.communicate(timeout=60)
