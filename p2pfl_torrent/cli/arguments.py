@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from p2pfl_torrent import __version__
+from p2pfl_torrent.learning.recipes import RECIPES
 
 TOPOLOGIES = ("star", "ring", "mesh", "tree", "full", "custom")
 MAX_PEERS = 500  # processes; above that a machine needs the simulator
@@ -51,6 +52,14 @@ def _json(command: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _data(command: argparse.ArgumentParser, default: str) -> None:
+    add = command.add_argument
+    add("--recipe", metavar="NAME",
+        help=f"data set and training settings: {', '.join(RECIPES)} ({default})")  # fmt: skip
+    add("--data", metavar="DIR", help="folder of the recipe's data files; digits needs none")
+    add("--download", action="store_true", help="let torchvision fetch data that is not there")
+
+
 def _demo(commands: Any) -> None:
     command = _command(
         commands, "demo", "let peers learn together on this machine, and show what it was worth",
@@ -58,7 +67,7 @@ def _demo(commands: Any) -> None:
     )  # fmt: skip
     add = command.add_argument
     add("--peers", type=_count(2, MAX_PEERS), metavar="N", help="peers, each a process (6)")
-    add("--rounds", type=_count(1), default=8, metavar="R", help="rounds (8)")
+    add("--rounds", type=_count(1), metavar="R", help="rounds (the recipe's; 8 for digits)")
     add("--topology", choices=TOPOLOGIES, help="overlay (mesh)")
     add("--graph", metavar="FILE",
         help="YAML with each peer's neighbours, such as examples/custom_graph.yaml; "
@@ -66,7 +75,7 @@ def _demo(commands: Any) -> None:
     add("--connections", type=_count(1), metavar="K", help="neighbours per peer of a mesh (3)")
     add("--partition", metavar="SCHEME",
         help="who gets which data: iid, dirichlet(0.5), label_skew(2) (the recipe's)")  # fmt: skip
-    add("--recipe", default="digits", help="data set and training settings (%(default)s)")
+    _data(command, "digits")
     add("--epochs", type=_count(1), metavar="E", help="local epochs of a round (the recipe's)")
     add("--seed", type=_count(0), default=0, metavar="S", help="of data, weights and overlay (0)")
     add("--timeout", type=_seconds, metavar="SECONDS", help="bound on the whole run")
@@ -102,6 +111,7 @@ def _join(commands: Any) -> None:
         help="peer to enter through, repeatable (the configuration's)")  # fmt: skip
     add("--listen", action="append", metavar="MULTIADDR", help="address to listen on, repeatable")
     add("--part", type=_part, metavar="K/N", help="train on part K of N of the data")
+    _data(command, "the configuration's")
     add("--rounds", type=_count(1), metavar="N", help="rounds; all peers must agree")
     add("--state", metavar="DIR", help="identity, chunks and checkpoints; resumes what is there")
     add("--run-dir", metavar="DIR", help="write events and logs here")

