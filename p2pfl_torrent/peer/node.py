@@ -424,6 +424,8 @@ class Node:
         await self._driver.run(task_status=task_status)
 
     def _member_changed(self, event: MemberChanged) -> None:
+        if event.member == self.peer_id:
+            return  # Joined and Left tell of this peer
         self.feed.emit(event)
         if event.change in ("dead", "left"):
             self._exchange.forget_peer(event.member)

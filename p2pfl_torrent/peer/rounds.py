@@ -85,13 +85,19 @@ class Rounds:
         self.resume(round, base_hash, caught_up=caught_up)
 
     def resume(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
-        """Begin a round whose start weights are in the checkpoint of the round before."""
-        self.round, self.base_hash, self.phase = round, base_hash, "training"
+        """Begin a round whose start weights are in the checkpoint of the round before.
+
+        After the last round there is none to train: its aggregate is only served to others.
+        """
+        is_to_train = round <= self._genesis.terms.rounds.total
+        self.round, self.base_hash = round, base_hash
+        self.phase = "training" if is_to_train else "seeding"
         forgotten = tuple(self._store.prune(round))
         self._checkpoints.prune(KEPT_CHECKPOINTS)
         self._exchange.round_begun(ev.RoundBegun(round, forgotten, caught_up))
-        members = len(self._exchange.swarm.live)
-        self._feed.emit(RoundStarted(round, base_hash.hex(), members))
+        if is_to_train:
+            members = len(self._exchange.swarm.live)
+            self._feed.emit(RoundStarted(round, base_hash.hex(), members))
 
     # --- one exchange ------------------------------------------------------------------------
 
