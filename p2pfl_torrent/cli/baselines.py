@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from p2pfl_torrent.cli.parent import end_with_parent
 from p2pfl_torrent.cli.task import Task, limit_threads, load_tasks
 from p2pfl_torrent.config import PeerConfig
 
@@ -19,6 +20,7 @@ NICENESS = 10  # the swarm goes first; this takes the time in which its peers wa
 
 def main(file: str, *parts: str) -> None:
     """Print one accuracy a line."""
+    end_with_parent()
     os.nice(NICENESS)
     limit_threads()
     config = PeerConfig.load(Path(file))

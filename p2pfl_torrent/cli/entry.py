@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from p2pfl_torrent.cli.arguments import parse
+from p2pfl_torrent.cli.parent import end_with_parent
 from p2pfl_torrent.core.errors import P2PFLError
 
 SUCCESS, FAILURE, INTERRUPTED = 0, 1, 130
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return told.code if isinstance(told.code, int) else FAILURE
     try:
         with _interruptible():
+            end_with_parent()
             return _command(arguments.command)(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
+from p2pfl_torrent.cli.parent import VARIABLE
 from p2pfl_torrent.core.errors import P2PFLError
 
 GRACE = 10.0  # seconds a process gets to leave before it is killed
@@ -24,7 +26,7 @@ class FleetError(P2PFLError):
 
 
 class Fleet:
-    """Child processes by label; none outlives the ``with`` block.
+    """Child processes by label; none outlives the ``with`` block, nor this process if it is killed.
 
     Args:
         directory: where a process's output goes, as ``LABEL.stdout`` and ``LABEL.stderr``.
@@ -37,7 +39,7 @@ class Fleet:
     def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
         self.killed: list[str] = []
         self._dir = directory
-        self._environment = {**os.environ, **environment}
+        self._environment = {**os.environ, **environment, VARIABLE: "1"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._files = ExitStack()
 
@@ -51,20 +53,24 @@ class Fleet:
         trace: TracebackType | None,
     ) -> None:
         self.stop(list(self._processes))
+        for process in self._processes.values():
+            if process.stdin is not None:
+                process.stdin.close()
         self._files.close()
 
     def start(self, label: str, module: str, arguments: Sequence[str]) -> None:
-        """Run a module of this package."""
+        """Run a module of this package, which calls ``parent.end_with_parent``."""
         out = self._files.enter_context(self._output(label).open("wb"))
         errors = self._files.enter_context(self._errors(label).open("wb"))
-        self._processes[label] = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=errors,
-            env=self._environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
-        )
+        with _uninterrupted():
+            self._processes[label] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.PIPE,  # never written to: its end tells that this process is gone
+                stdout=out,
+                stderr=errors,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
+            )
 
     def _output(self, label: str) -> Path:
         return self._dir / f"{label}.stdout"
@@ -127,3 +133,24 @@ class Fleet:
                 self.killed.append(label)
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait: between the start of a process and its name here nobody would end it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    came = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
