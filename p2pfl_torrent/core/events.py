@@ -226,12 +226,14 @@ class CloseRound:
 
     Attributes:
         closed_by: "complete", "settled", "deadline" or "solo".
+        members: live members at this moment.
         missing: live members that were waited for in vain.
         dropped: (owner, round) of updates too late to count.
     """
 
     round: int
     closed_by: str
+    members: int
     counts: tuple[Count, ...]
     missing: tuple[PeerId, ...]
     dropped: tuple[tuple[PeerId, int], ...]

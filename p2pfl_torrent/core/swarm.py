@@ -541,6 +541,7 @@ class Swarm:
         close = ev.CloseRound(
             round=self.round,
             closed_by=closed_by,
+            members=len(self.live),
             counts=counted,
             missing=tuple(member for member in state.waiting_for if member not in heard),
             dropped=tuple((known.manifest.owner, known.manifest.round) for known in dropped),

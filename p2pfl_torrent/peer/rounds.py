@@ -215,7 +215,7 @@ class Rounds:
             round=self.round,
             next_round=self.round + 1,
             closed_by=close.closed_by,
-            members=len(swarm.live),
+            members=close.members,
             owners=_owners(close, self._layout, {refused.owner for refused in result.refused}),
             completeness=close.completeness,
             bytes_payload=received,
