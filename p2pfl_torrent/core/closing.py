@@ -172,6 +172,46 @@ def too_late(ledger: Ledger, round: int, max_staleness: int) -> list[KnownUpdate
     return sorted(late, key=lambda known: (known.manifest.owner, known.manifest.round))
 
 
+class Absences:
+    """Owners without whom rounds closed, and their updates that came too late even to be known.
+
+    An old manifest alone says nothing, since anybody may repeat one that was counted in its time:
+    too late is only what no round since has counted.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[PeerId, int] = {}  # live members alone: that bounds it
+        self._dropped: set[tuple[PeerId, int]] = set()
+
+    def came_too_late(self, owner: PeerId, round: int) -> None:
+        """A checked manifest of a round that nobody is behind enough to count."""
+        if round >= self._since.get(owner, round + 1):
+            self._since[owner] = round + 1
+            self._dropped.add((owner, round))
+
+    def forgotten(self, known: KnownUpdate) -> None:
+        """An update left the store; if it never counted, nobody has been told yet."""
+        if known.counted_in is None and not known.dropped:
+            self._dropped.add((known.manifest.owner, known.manifest.round))
+
+    def closed(
+        self,
+        round: int,
+        missing: Collection[PeerId],
+        live: Collection[PeerId],
+        counted: Collection[Count],
+    ) -> list[tuple[PeerId, int]]:
+        """A round closed without some live members; (owner, round) of what is reported with it."""
+        since = {owner: self._since.get(owner, round) for owner in missing if owner in live}
+        for count in counted:
+            owner = count.manifest.owner
+            if owner in since:
+                since[owner] = max(since[owner], count.manifest.round + 1)
+        self._since = since
+        dropped, self._dropped = self._dropped, set()
+        return sorted(dropped)
+
+
 def published_by(ledger: Ledger, live: Set[PeerId], round: int) -> int:
     """How many live members are known to have published in a round."""
     return len(ledger.publishers(round) & live)

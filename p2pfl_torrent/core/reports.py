@@ -65,7 +65,8 @@ class RoundReport:
             weights as ours; None where there was none.
         extended: whether the window was extended to reach min_completion_ratio.
         below_min_completion: whether it was not reached all the same.
-        late: this peer's own update missed the round; it goes into the next, discounted.
+        late: this peer's own update missed the round; it goes into a later one, discounted, or is
+            reported there as dropped.
         attested: after catching up, whether a quorum attested the state taken; None otherwise.
         loss_before, accuracy_before, loss_after, accuracy_after: of ``evaluate``, before and after
             merging, where one was given.

@@ -95,7 +95,10 @@ class Serving:
             known = self._ledger.get(UpdateId(message.update))
             if known is None:
                 return [ToFetcher(peer, NoManifest(message.update))]
-            return [ToFetcher(peer, ManifestData(known.manifest.encode()))]
+            # Whoever asks may have been away for rounds: it must learn before it counts the update
+            # whether the state that it has taken over holds it.
+            held = Availability((chunks_of(known),))
+            return [ToFetcher(peer, held), ToFetcher(peer, ManifestData(known.manifest.encode()))]
         raise RemoteProtocolError(f"{type(message).__name__} on a stream for questions", peer)
 
     def _requested(self, peer: PeerId, request: Request) -> list[Effect]:

@@ -16,7 +16,7 @@ from typing import Any
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
-from p2pfl_torrent.core.closing import Standing, counts, standing, too_late
+from p2pfl_torrent.core.closing import Absences, Standing, counts, standing, too_late
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, Stimulus
 from p2pfl_torrent.core.fetching import Fetching
@@ -102,6 +102,7 @@ class Swarm:
         self._policy = policy
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}
+        self._absences = Absences()
         self._changed: set[UpdateId] = set()
         self._taken = 0  # the round whose start weights were last taken from another peer
         self._moved = True  # something happened by which the round may be over
@@ -266,6 +267,7 @@ class Swarm:
             if not self.ledger.equivocated(signed.owner, signed.round):
                 self.fetching.want(signed.update, signed.round)
             return effects + self._ask(now)
+        self._irrelevant(signed)
         return []
 
     def _availability_gossip(self, stimulus: ev.AvailabilityGossip, now: float) -> list[Effect]:
@@ -274,6 +276,10 @@ class Swarm:
 
     def _relevant(self, signed: SignedHeader) -> bool:
         return self._oldest_round() <= signed.round <= self.round + 1
+
+    def _irrelevant(self, signed: SignedHeader) -> None:
+        if signed.round < self._oldest_round():
+            self._absences.came_too_late(signed.owner, signed.round)
 
     def _manifest(self, data: bytes, via: PeerId, now: float) -> list[Effect]:
         """A whole manifest from a peer: checked, remembered, and its chunks asked for."""
@@ -291,6 +297,7 @@ class Swarm:
         except RemoteProtocolError as error:
             return self.blame(error, via)
         if not self._relevant(manifest.signed):
+            self._irrelevant(manifest.signed)
             self.fetching.not_now(manifest.update, manifest.round, self.round)
             return []
         if manifest.owner not in self.live and manifest.owner not in self.dead:
@@ -355,6 +362,9 @@ class Swarm:
             self._taken = self.round
         effects: list[Effect] = []
         for update in stimulus.forgotten:
+            known = self.ledger.get(update)
+            if known is not None and (known.after_deadline or not stimulus.caught_up):
+                self._absences.forgotten(known)
             effects.extend(self.fetching.forget(update))
             self.ledger.forget(update)
         for known in list(self.ledger):
@@ -533,18 +543,20 @@ class Swarm:
         )
         for count in counted:
             self.ledger.count(count.manifest.update, count.chunks, self.round)
-        dropped = too_late(self.ledger, self.round, self.terms.max_staleness)
-        for known in dropped:
+        late = too_late(self.ledger, self.round, self.terms.max_staleness)
+        for known in late:
             known.dropped = True
+        dropped = {(known.manifest.owner, known.manifest.round) for known in late}
         # A member whose update is here in part is reported there, not as missing.
         heard = {count.manifest.owner for count in counted if count.status != "late"}
+        missing = tuple(member for member in state.waiting_for if member not in heard)
+        dropped.update(self._absences.closed(self.round, missing, self.live.keys(), counted))
         close = ev.CloseRound(
             round=self.round,
             closed_by=closed_by,
-            members=len(self.live),
             counts=counted,
-            missing=tuple(member for member in state.waiting_for if member not in heard),
-            dropped=tuple((known.manifest.owner, known.manifest.round) for known in dropped),
+            missing=missing,
+            dropped=tuple(sorted(dropped)),
             completeness=state.completeness,
             extended=self.clock.extended,
             below_min_completion=state.completeness < self.terms.min_completion_ratio,

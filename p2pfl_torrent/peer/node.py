@@ -174,7 +174,8 @@ class Node:
                 self._dir,
                 self._layout,
                 swarm=self._swarm_id,
-                keep_rounds=config.storage.keep_rounds,
+                # What may still be counted must be here then, whatever is kept for others.
+                keep_rounds=max(config.storage.keep_rounds, self._terms.rounds.max_staleness),
                 fill_max_age=config.bittorrent.fill_max_age,
                 decode=self._decode_own_store,
             )

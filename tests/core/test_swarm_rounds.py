@@ -8,6 +8,7 @@ import pytest
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import discount
+from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
 from tests.core.swarm_world import World, terms
 
@@ -332,6 +333,52 @@ def test_an_update_too_old_to_count_is_reported_dropped_once() -> None:
         finish(world, "ab", round)
     dropped = [world["a"].closed[round].dropped for round in range(1, 6)]
     assert dropped == [(), (), (("c", 1),), (), ()]
+
+
+@pytest.mark.parametrize("gossip", [True, False])
+def test_an_update_too_late_even_to_be_fetched_is_reported_dropped_once(gossip: bool) -> None:
+    world = World("abc", gossip=gossip, terms=terms(max_staleness=1, exchange_timeout=5.0))
+    world.begin(1)
+    for round in (1, 2, 3):
+        for name in "ab":
+            world.publish(name, round)
+        finish(world, "ab", round)
+        world.begin(round + 1, "ab")
+    old = world.update("c", 1)
+    world.publish("c", 1)  # a and b train for round 4 by now
+    assert world["c"].missed == [1]
+    world.begin(4, "c", caught_up=True)
+    world.feed("a", ev.ManifestGossip(PeerId("b"), world.update("b", 1).encode()))
+    for round in (4, 5):
+        for name in "abc":
+            world.publish(name, round)
+        finish(world, "abc", round)
+        world.feed("a", ev.ManifestGossip(PeerId("c"), old.encode()))  # said again
+        world.begin(round + 1)
+    for name in "abc":
+        dropped = [world[name].closed[round].dropped for round in (4, 5)]
+        assert dropped == [(("c", 1),), ()]
+    assert world["a"].closed[3].missing == ("c",)
+    assert agree(world, "abc", 4)
+
+
+def test_an_update_that_left_the_store_uncounted_is_reported_dropped() -> None:
+    world = World("abc", edges=["ab"], terms=terms(max_staleness=1))
+    world.begin(1)
+    world.publish("c")  # nobody has an edge to it, only its manifest arrives
+    world.run(0.1)
+    world.members("ab")
+    update = world["c"].updates[1]
+    for round in range(1, 5):
+        if round > 1:
+            gone = (update,) if round == 3 else ()  # before the round that reports it
+            for name in "ab":
+                world.feed(name, ev.RoundBegun(round, gone))
+        for name in "ab":
+            world.publish(name, round)
+        finish(world, "ab", round)
+    dropped = [world["a"].closed[round].dropped for round in range(1, 5)]
+    assert dropped == [(), (), (("c", 1),), ()]
 
 
 def test_a_lost_edge_and_a_new_one_in_mid_exchange() -> None:
