@@ -554,6 +554,7 @@ class Swarm:
         close = ev.CloseRound(
             round=self.round,
             closed_by=closed_by,
+            members=len(self.live),
             counts=counted,
             missing=missing,
             dropped=tuple(sorted(dropped)),
