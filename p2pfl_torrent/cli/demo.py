@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from p2pfl_torrent.cli.demo_result import Baselines, PeerRecord, conclude, result
+from p2pfl_torrent.cli.demo_result import Baselines, PeerRecord, conclude, failure, result
 from p2pfl_torrent.cli.demo_swarm import bound, demo_config, topology_of
 from p2pfl_torrent.cli.fleet import Fleet
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
@@ -62,10 +62,9 @@ def run(arguments: Namespace) -> int:
             baselines = _baselines(fleet, console, deadline)
     conclude(console, records, baselines)
     write_json(arguments.json, result(records, baselines, seconds))
-    for record in records:
-        shortfall = record.shortfall(rounds)
-        if shortfall is not None:
-            raise DemoError(shortfall)
+    told = failure(records, rounds)
+    if told is not None:
+        raise DemoError(told)
     return 0
 
 

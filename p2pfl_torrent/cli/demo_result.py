@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,17 +28,25 @@ class PeerRecord:
         elif isinstance(event, RoundFinished):
             self.reports[event.report.round] = event.report
 
+    @property
+    def last(self) -> RoundReport | None:
+        """Its report of the latest round."""
+        return self.reports[max(self.reports)] if self.reports else None
+
     def shortfall(self, rounds: int) -> str | None:
-        """The first round that this peer did not merge with the others, in a sentence."""
-        for number in range(1, rounds + 1):
-            report = self.reports.get(number)
-            if report is None:
-                return f"{self.label} did not finish round {number}."
-            if report.solo:
-                return f"{self.label} was alone in round {number}."
-            if report.late:
-                return f"{self.label} was too slow for round {number} and caught up."
-        return None
+        """Why this peer does not hold what the swarm ended with, in a sentence.
+
+        A round that it was late for, or skipped, is none where it caught up: nothing is lost then.
+        """
+        last = self.last
+        if last is not None and last.solo:
+            return f"{self.label} was alone in round {last.round}."
+        following = last.next_round if last is not None else 1
+        return None if following > rounds else f"{self.label} did not finish round {following}."
+
+    def late(self) -> list[RoundReport]:
+        """Its reports of rounds that went on without its update."""
+        return [report for _, report in sorted(self.reports.items()) if report.late]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +68,31 @@ def by_round(records: Sequence[PeerRecord]) -> list[tuple[int, list[PeerRecord]]
     return [(n, [record for record in records if n in record.reports]) for n in numbers]
 
 
+def failure(records: Sequence[PeerRecord], rounds: int) -> str | None:
+    """Why a demo is no success, in a sentence: not all peers ended with the swarm's one model."""
+    for record in records:
+        shortfall = record.shortfall(rounds)
+        if shortfall is not None:
+            return shortfall
+    hashes = Counter(record.last.model_hash for record in records if record.last is not None)
+    if len(hashes) > 1:
+        each = ", ".join(f"{model[:8]} on {count}" for model, count in hashes.most_common())
+        return f"The peers did not end with one model: {each}."
+    return None
+
+
 def conclude(console: Console, records: Sequence[PeerRecord], baselines: Baselines) -> None:
     """Print the rounds and the comparison."""
     rounds = [(n, [r.reports[n] for r in several]) for n, several in by_round(records)]
     console.print(views.rounds_table(rounds))
+    for record in records:
+        for report in record.late():
+            late = f"{record.label} was too slow for round {report.round}"
+            console.print(f"{late} and caught up with the others.", style="yellow")
     console.print()
     comparisons = []
     for record, alone in zip(records, baselines.alone, strict=True):
-        last = record.reports[max(record.reports)] if record.reports else None
+        last = record.last
         local, merged = (last.accuracy_before, last.accuracy_after) if last else (None, None)
         comparisons.append(views.Comparison(record.label, alone, local, merged))
     console.print(views.comparison_table(comparisons, baselines.central))
@@ -102,6 +128,7 @@ def _round(number: int, records: Sequence[PeerRecord]) -> dict[str, Any]:
                 "model_hash": report.model_hash,
                 "completeness": report.completeness,
                 "closed_by": report.closed_by,
+                "late": report.late,
             }
             for record, report in zip(records, reports, strict=True)
         ],

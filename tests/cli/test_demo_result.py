@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from p2pfl_torrent.cli.demo_result import Baselines, PeerRecord, conclude, result
+from p2pfl_torrent.cli.demo_result import Baselines, PeerRecord, conclude, failure, result
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import Joined, Left, RoundFinished, RoundReport
 
@@ -59,6 +59,7 @@ def test_the_json_has_the_promised_keys() -> None:
         "model_hash": "ab" * 32,
         "completeness": 1.0,
         "closed_by": "complete",
+        "late": False,
     }
     assert not last["hashes_equal"]
     assert [peer["accuracy_merged"] for peer in last["peers"]] == [0.75, 0.8]
@@ -75,20 +76,44 @@ def test_a_repeated_solo_round_counts_once() -> None:
     assert made.reports == {1: REPORT}
 
 
+CAUGHT_UP = replace(REPORT, closed_by="late", late=True, next_round=3, model_hash="cd" * 32)
+
+
 @pytest.mark.parametrize(
     ("reports", "sentence"),
     [
         ([REPORT, second()], None),
+        ([second()], None),  # it came while round 1 was on
+        ([REPORT, second(late=True, closed_by="late")], None),
+        ([replace(REPORT, late=True, next_round=3)], None),
+        ([], "peer-1 did not finish round 1."),
         ([REPORT], "peer-1 did not finish round 2."),
-        ([second()], "peer-1 did not finish round 1."),
         ([REPORT, second(closed_by="solo")], "peer-1 was alone in round 2."),
-        ([REPORT, second(late=True)], "peer-1 was too slow for round 2 and caught up."),
     ],
 )
-def test_only_all_rounds_merged_count_as_success(
+def test_who_finished_or_caught_up_holds_the_swarms_model(
     reports: list[RoundReport], sentence: str | None
 ) -> None:
     assert record("peer-1", *reports).shortfall(2) == sentence
+
+
+def test_a_late_round_is_no_failure_and_another_model_is() -> None:
+    one, late = record("peer-1", REPORT, second(model_hash="cd" * 32)), record("peer-2", CAUGHT_UP)
+    assert failure([one, late], 2) is None
+    assert failure([one, record("peer-2", REPORT)], 2) == "peer-2 did not finish round 2."
+    assert failure([one, record("peer-2", REPORT, second()), late], 2) == (
+        "The peers did not end with one model: cdcdcdcd on 2, abababab on 1."
+    )
+
+
+def test_who_was_late_is_told_and_written() -> None:
+    records = [record("peer-1", REPORT, second()), record("peer-2", CAUGHT_UP)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    conclude(console, records, BASELINES)
+    told = "peer-2 was too slow for round 1 and caught up with the others."
+    assert told in console.export_text().splitlines()
+    [first, _] = result(records, BASELINES, 1.0)["rounds"]
+    assert [peer["late"] for peer in first["peers"]] == [False, True]
 
 
 def test_the_closing_tables_compare() -> None:

@@ -91,7 +91,7 @@ def test_the_end_of_standard_input_ends_a_process_as_sigterm_does() -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert process.poll() is None
-        assert process.communicate(timeout=30) == (b"", None)  # which closes its input
+        process.communicate(timeout=30)  # which closes its input
     assert process.returncode == -signal.SIGTERM
 
 
