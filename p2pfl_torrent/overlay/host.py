@@ -28,7 +28,7 @@ from multiaddr import Multiaddr
 from multiaddr.exceptions import MultiaddrError
 
 from p2pfl_torrent.core.errors import P2PFLError
-from p2pfl_torrent.overlay.dialing import DialError, first_to_answer
+from p2pfl_torrent.overlay.dialing import DialError, address_of, first_to_answer, why
 from p2pfl_torrent.overlay.guard import GRACE, GuardedSwarm
 from p2pfl_torrent.overlay.identity import Identity, is_peer_id
 from p2pfl_torrent.overlay.limits import HostLimits
@@ -123,20 +123,15 @@ class Host:
         self.swarm.unblock_peer(peer)  # one failed dial blocks a peer for 60 s in the library
         failures = await first_to_answer(addrs, partial(self._dial, peer))
         if failures is not None:
-            raise DialError(f"cannot reach {peer}: {'; '.join(failures)}")
+            raise DialError("; ".join(failures))
 
     async def _dial(self, peer: ID, address: str) -> None:
-        try:
-            maddr = Multiaddr(address)
-            named = maddr.get_peer_id()
-        except (MultiaddrError, ValueError) as error:
-            raise DialError(f"{address[:80]!r} is not a multiaddress") from error
-        if named not in (None, str(peer)):
-            raise DialError(f"{address} is another peer's address")
+        maddr = address_of(str(peer), address)
         try:
             await self.swarm.dial_addr(maddr, peer)
         except (BaseLibp2pError, OSError, ValueError) as error:
-            raise DialError(f"{address}: {_innermost(error)}") from error
+            whole = address if maddr.get_peer_id() else f"{address}/p2p/{peer}"
+            raise DialError(f"{whole}: {why(error)}") from error
 
     async def disconnect(self, peer_id: str) -> None:
         """Closes every connection to a peer; takes at most about two seconds."""
@@ -364,10 +359,12 @@ def _parse_listen(text: str) -> tuple[Multiaddr, str, int]:
         maddr = Multiaddr(text)
         names = [protocol.name for protocol in maddr.protocols()]
         if len(names) != 2 or names[0] not in ("ip4", "ip6") or names[1] != "tcp":
-            raise HostError(f"network.listen: {text!r} is not an IP address and a TCP port: {hint}")
+            raise HostError(
+                f"network.listen: {text!r} is not an IP address and a TCP port: {hint}."
+            )
         host, port = maddr.value_for_protocol(names[0]), maddr.value_for_protocol("tcp")
     except (MultiaddrError, ValueError) as error:
-        raise HostError(f"network.listen: {text!r} is not a multiaddress: {hint}") from error
+        raise HostError(f"network.listen: {text!r} is not a multiaddress: {hint}.") from error
     assert host is not None  # both protocols carry a value
     assert port is not None
     return maddr, host, int(port)
@@ -376,16 +373,10 @@ def _parse_listen(text: str) -> tuple[Multiaddr, str, int]:
 def _listen_error(host: str, port: int, error: OSError) -> HostError:
     if error.errno == errno.EADDRINUSE:
         return HostError(
-            f"port {port} on {host} is taken: choose another with network.listen, or 0 for any"
+            f"Port {port} on {host} is taken: listen on another (network.listen or --listen), or "
+            "on 0 for any that is free."
         )
     return HostError(
-        f"cannot listen on {host} port {port} ({error.strerror or error}): "
-        "choose another address with network.listen"
+        f"Cannot listen on {host} port {port} ({error.strerror or error}): choose an address of "
+        "this machine (network.listen or --listen)."
     )
-
-
-def _innermost(error: BaseException) -> str:
-    """The first cause in a chain of wrappers, which is the one that says something."""
-    while isinstance(error.__cause__, BaseLibp2pError) and str(error.__cause__):
-        error = error.__cause__
-    return str(error) or type(error).__name__

@@ -22,6 +22,7 @@ _KEY_FILE_PREFIX = bytes.fromhex("08011220")  # PrivateKey{Type: Ed25519, Data: 
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")  # identity multihash of PublicKey{Ed25519}
 _PEER_ID_BYTES = len(_PEER_ID_PREFIX) + 32
 _MAX_PEER_ID_CHARS = 64  # an Ed25519 id has 52; base58 decoding is quadratic, so bound it first
+STORED_BESIDE = ("chunks.sqlite", "genesis.json")  # in a state directory that a peer has used
 _KEYS_KEPT = 4096  # decoding a PeerId costs about as much as checking a signature
 
 
@@ -66,16 +67,31 @@ class Identity:
         """The identity kept at ``path``, made on first use.
 
         Raises:
-            IdentityError: the file is damaged, readable by other users, or cannot be made.
+            IdentityError: the file is damaged, readable by other users, or cannot be made; or it is
+            gone from beside what its peer has stored.
         """
         file = Path(path)
         try:
             if not file.exists():
+                _refuse_a_lost_key(file)
                 _create(file, secrets.token_bytes(SEED_BYTES))
             return cls(_read_seed(file))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise IdentityError(f"cannot use the identity key {file}: {reason}") from error
+            if isinstance(error, (FileExistsError, NotADirectoryError)):  # where a folder should be
+                reason = f"{file.parent} is not a directory"
+            raise IdentityError(
+                f"The identity key {file} cannot be used ({reason}): give another state directory."
+            ) from error
+
+
+def _refuse_a_lost_key(file: Path) -> None:
+    """What lies here was signed by another key: as a new peer it would go on in another's name."""
+    if any((file.parent / name).exists() for name in STORED_BESIDE):
+        raise IdentityError(
+            f"The state directory {file.parent} has lost its {file.name}: restore it from a "
+            "backup, or give another state directory to start as a new peer."
+        )
 
 
 def _create(file: Path, seed: bytes) -> None:
@@ -107,15 +123,15 @@ def _read_seed(file: Path) -> bytes:
         content = source.read(len(_KEY_FILE_PREFIX) + SEED_BYTES + 1)
     if os.name == "posix" and mode & 0o077:
         raise IdentityError(
-            f"the identity key {file} can be read by other users: run 'chmod 600 {file}', "
-            "or delete it for a new identity if someone may have copied it"
+            f"The identity key {file} can be read by other users: run 'chmod 600 {file}', or, if "
+            "someone may have copied it, start as a new peer with another state directory."
         )
     if len(content) != len(_KEY_FILE_PREFIX) + SEED_BYTES or not content.startswith(
         _KEY_FILE_PREFIX
     ):
         raise IdentityError(
-            f"the identity key {file} is damaged: restore it from a backup, "
-            "or delete it for a new identity"
+            f"The identity key {file} is damaged: restore it from a backup, or start as a new peer "
+            "with another state directory."
         )
     return content[len(_KEY_FILE_PREFIX) :]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -94,9 +95,13 @@ class BoundedTcp(TCP):
 
 
 def _plain_reason(error: OSError) -> str:
-    """trio hides the reason in a group of one error per resolved address."""
+    """trio hides the reason behind "Error connecting to", with a list of one error per address."""
     causes = getattr(error.__cause__, "exceptions", ()) or (error,)
-    return "; ".join(cause.strerror or str(cause) for cause in causes if isinstance(cause, OSError))
+    return "; ".join(
+        os.strerror(cause.errno) if cause.errno else cause.strerror or str(cause)
+        for cause in causes
+        if isinstance(cause, OSError)
+    )
 
 
 class Listener(IListener):

@@ -119,9 +119,13 @@ async def find_swarm(
                 return _welcomed(answer, peer, address, terms)
             except (EdgeClosedError, RemoteProtocolError) as error:
                 failures[address] = str(error)
-    reasons = "; ".join(f"{address} ({reason})" for address, reason in failures.items())
+    reasons = "; ".join(
+        reason if address in reason else f"{address}: {reason}"
+        for address, reason in failures.items()
+    )
+    tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
     raise JoinError(
-        f"No bootstrap peer could be reached after {attempts} attempts: {reasons}. Check "
+        f"No bootstrap peer could be reached after {tries}: {reasons}. Check "
         "network.bootstrap, and that the peer there is running."
     )
 

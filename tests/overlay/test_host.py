@@ -79,7 +79,8 @@ async def test_a_taken_port_is_one_sentence_and_leaves_nothing_behind() -> None:
             ):
                 raise AssertionError("two hosts on one port")
         assert str(caught.value) == (
-            f"port {port} on 127.0.0.1 is taken: choose another with network.listen, or 0 for any"
+            f"Port {port} on 127.0.0.1 is taken: listen on another (network.listen or --listen), "
+            "or on 0 for any that is free."
         )
         async with open_host(Identity.ephemeral(), [f"/ip4/127.0.0.1/tcp/{free}"]) as second:
             assert tcp_port(second) == free
@@ -92,7 +93,7 @@ async def test_a_taken_port_is_one_sentence_and_leaves_nothing_behind() -> None:
         ("/ip4/127.0.0.1/udp/4001", "is not an IP address and a TCP port"),
         ("/ip4/127.0.0.1/tcp/0/ws", "is not an IP address and a TCP port"),
         ("/ip4/127.0.0.1/tcp/70000", "is not a multiaddress"),
-        ("/ip4/192.0.2.1/tcp/4001", "cannot listen on 192.0.2.1 port 4001"),
+        ("/ip4/192.0.2.1/tcp/4001", "Cannot listen on 192.0.2.1 port 4001"),
     ],
 )
 async def test_an_unusable_address_is_one_sentence(listen: str, says: str) -> None:
@@ -194,7 +195,10 @@ async def test_another_peer_at_the_address_is_noticed() -> None:
     async with a_host() as ours, a_host() as impostor:
         expected = Identity.ephemeral().peer_id
         bare = impostor.addrs()[0].split("/p2p/")[0]
-        with pytest.raises(DialError, match=f"cannot reach {expected}"):
+        with pytest.raises(
+            DialError,
+            match=f"{bare}/p2p/{expected}: the peer that answers there is {impostor.peer_id}",
+        ):
             await ours.connect(expected, [bare], PATIENCE)
         with pytest.raises(DialError, match="is another peer's address"):
             await ours.connect(expected, impostor.addrs(), PATIENCE)
@@ -370,7 +374,7 @@ async def test_one_connection_too_many_is_refused_and_the_others_stay() -> None:
         async with a_host() as first, a_host() as second, a_host() as third:
             await first.connect(host.peer_id, host.addrs(), PATIENCE)
             await second.connect(host.peer_id, host.addrs(), PATIENCE)
-            with pytest.raises(DialError, match="cannot reach"):
+            with pytest.raises(DialError, match="hangs up: it is no libp2p peer, or has no place"):
                 await third.connect(host.peer_id, host.addrs(), PATIENCE)
             with pytest.raises(DialError, match="there are 2 connections already"):
                 await host.connect(third.peer_id, third.addrs(), PATIENCE)

@@ -57,8 +57,25 @@ def test_a_damaged_key_is_refused_and_kept(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_directory_in_its_place_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(IdentityError, match="cannot use the identity key"):
+    with pytest.raises(IdentityError, match=r"cannot be used \(Is a directory\)"):
         Identity.load_or_create(tmp_path)
+
+
+def test_a_file_in_its_directorys_place_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    for path in (tmp_path / "state" / "identity.key", tmp_path / "state" / "a" / "identity.key"):
+        with pytest.raises(IdentityError, match=rf"\({path.parent} is not a directory\)"):
+            Identity.load_or_create(path)
+
+
+@pytest.mark.parametrize("stored", ["chunks.sqlite", "genesis.json"])
+def test_a_key_that_is_gone_from_its_store_is_not_replaced(tmp_path: Path, stored: str) -> None:
+    (tmp_path / stored).write_text("")
+    with pytest.raises(
+        IdentityError, match=r"has lost its identity\.key: restore it from a backup"
+    ):
+        Identity.load_or_create(tmp_path / "identity.key")
+    assert [path.name for path in tmp_path.iterdir()] == [stored]
 
 
 def test_the_file_is_py_libp2ps(tmp_path: Path) -> None:
