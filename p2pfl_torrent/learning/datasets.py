@@ -257,22 +257,24 @@ def _torchvision_halves(name: str, root: Path, download: bool) -> tuple[Any, Any
             factory(str(root), train=True, download=download),
             factory(str(root), train=False, download=download),
         )
-    except (RuntimeError, OSError) as error:
-        if download:
-            raise ConfigError(
-                f"torchvision could not fetch {name} to {root} ({error}): try again, or fetch it "
-                f"on another machine and copy the folder."
-            ) from error
-        raise ConfigError(
+    # torchvision compares the sums of what it fetches; of MNIST it then trusts what lies there.
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise ConfigError(_torchvision_trouble(name, root, download, error)) from error
+
+
+def _torchvision_trouble(name: str, root: Path, download: bool, error: Exception) -> str:
+    if download:
+        return (
+            f"torchvision could not fetch {name} to {root}, or not read it there ({error}): try "
+            f"again, delete what is damaged, or copy the files from another machine."
+        )
+    if isinstance(error, FileNotFoundError) or "not found" in str(error):
+        return (
             f"torchvision:{name} is not in {root}, or damaged: fetch it with --download "
             f"(task.download: true in a configuration, download=True in code), or name with "
             f"--data the folder that torchvision put it into."
-        ) from error
-    except (ValueError, AssertionError, EOFError) as error:
-        # torchvision checks the sums of what it fetches, but trusts what is there already.
-        raise ConfigError(
-            f"torchvision cannot read {name} in {root} ({error}): delete it and fetch it again."
-        ) from error
+        )
+    return f"torchvision cannot read {name} in {root} ({error}): delete it and fetch it again."
 
 
 def _from_torchvision(half: Any) -> Dataset:

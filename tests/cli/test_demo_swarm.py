@@ -8,6 +8,7 @@ from p2pfl_torrent.cli.arguments import parse
 from p2pfl_torrent.cli.demo_swarm import bound, demo_config, read_graph, topology_of
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.learning.recipes import RECIPES
 
 GRAPH = Path(__file__).resolve().parent.parent.parent / "examples" / "custom_graph.yaml"
 
@@ -30,6 +31,29 @@ def test_every_argument_reaches_the_peers() -> None:
     assert (config.federate.client_num, config.federate.total_round_num) == (9, 3)
     assert (config.topology.connections, config.swarm.seed) == (4, 7)
     assert (config.task.partition, config.task.epochs) == ("label_skew(2)", 2)
+
+
+def test_the_data_is_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = config_of("--recipe", "mnist", "--data", "images", "--download").task
+    assert (task.recipe, task.data_root) == ("mnist", str(tmp_path / "images"))
+    assert task.download
+    assert not config_of().task.download
+
+
+def test_a_slow_recipe_gets_its_own_rounds_and_more_time() -> None:
+    digits, mnist = config_of(), config_of("--recipe", "mnist")
+    assert mnist.federate.total_round_num == RECIPES["mnist"].rounds
+    longer = 2 * RECIPES["mnist"].epoch_seconds  # half the cores are busy with the comparison
+    assert mnist.federate.train_timeout > digits.federate.train_timeout + longer
+    assert mnist.bittorrent.timeout > digits.bittorrent.timeout + longer
+
+
+def test_an_unknown_recipe_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"'minst' is not known: did you mean mnist\?"):
+        config_of("--recipe", "minst")
 
 
 @pytest.mark.parametrize("topology", ["star", "ring", "tree", "full"])

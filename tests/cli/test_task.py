@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from p2pfl_torrent.cli.task import THREADS_VARIABLE, limit_threads, load_tasks, part_of
+from p2pfl_torrent.cli import main
+from p2pfl_torrent.cli.arguments import parse
+from p2pfl_torrent.cli.join import configured
+from p2pfl_torrent.cli.task import (
+    THREADS_VARIABLE,
+    Task,
+    limit_threads,
+    load_tasks,
+    part_of,
+    prepare_data,
+)
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import ConfigError
+from p2pfl_torrent.learning.datasets import DATA_VARIABLE, Dataset
+from p2pfl_torrent.learning.partition import parse as parse_partition
+from p2pfl_torrent.learning.recipes import RECIPES
 from p2pfl_torrent.learning.state import describe, snapshot
+
+EXAMPLE = str(Path(__file__).resolve().parent.parent.parent / "examples" / "swarm.yaml")
 
 
 def test_the_parts_are_a_cut_of_all_data() -> None:
@@ -37,6 +55,60 @@ def test_all_start_from_the_same_weights_and_shuffle_their_own_way() -> None:
     other = load_tasks(PeerConfig().with_values(swarm__seed=1), 2, [1])[0].trainer()
     drawn = snapshot(other.model, spec)
     assert any(not np.array_equal(drawn[name], starts[0][name]) for name in drawn)
+
+
+def write_idx(folder: Path, images: int) -> None:
+    """MNIST's four files with few images, each label as often as any other."""
+    rng = np.random.default_rng(0)
+    for half in ("train", "t10k"):
+        pixels = rng.integers(0, 256, (images, 28, 28), np.uint8)
+        labels = np.arange(images, dtype=np.uint8) % 10
+        for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{half}-{name}-ubyte").write_bytes(header + array.tobytes())
+
+
+def test_mnist_is_read_from_the_folder_that_the_command_names(tmp_path: Path) -> None:
+    write_idx(tmp_path, 60)
+    arguments = ["join", EXAMPLE, "--recipe", "mnist", "--data", str(tmp_path)]
+    config = configured(parse(arguments)).with_values(task__partition="iid")
+    prepare_data(config.task)
+    [task] = load_tasks(config, 3, [2])
+    assert (len(task.train), len(task.test), task.train.in_shape) == (20, 60, (1, 28, 28))
+    result = task.trainer().train(1)
+    assert result.batches == 1
+    assert 1 < result.loss < 5  # of values in 0..1: pixels up to 255 give hundreds
+
+
+def test_missing_data_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    for command in (["demo"], ["join", EXAMPLE, "--part", "1/2"]):
+        assert main([*command, "--recipe", "mnist"]) == 1
+        assert capsys.readouterr().err.startswith(
+            "p2pfl-torrent: No folder of data files: name it with --data DIR"
+        )
+        assert main([*command, "--recipe", "mnist", "--data", str(tmp_path)]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            f"p2pfl-torrent: train-images-idx3-ubyte is not in {tmp_path}: put MNIST's four IDX"
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_trained(recipe: str) -> None:
+    settings = RECIPES[recipe]
+    shape = (3, 32, 32) if "CIFAR10" in settings.dataset else (1, 28, 28)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, *shape), np.uint8)
+    data = Dataset(pixels, np.arange(8, dtype=np.int64), 10)
+    task = Task(settings, data, data, 0, 1)
+    trainer = task.trainer()
+    before = task.score(trainer.model)["loss"]
+    trainer.train(20)
+    assert task.score(trainer.model)["loss"] < before - 0.5
+    parse_partition(settings.partition)
 
 
 def test_a_score_has_loss_and_accuracy() -> None:

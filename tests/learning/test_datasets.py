@@ -310,7 +310,7 @@ def test_torchvision_layouts_become_channels_first(tmp_path: Path) -> None:
         ("SVHN", False, "SVHN has no training and test half"),
         ("USPS", False, "USPS has no training and test half"),
         ("KMNIST", False, "is not in .*--download"),
-        ("KMNIST", True, r"could not fetch KMNIST to .* \(no route\): try again"),
+        ("KMNIST", True, r"could not fetch KMNIST to .*\(no route\): try again"),
     ],
 )
 def test_torchvision_troubles_are_explained(
