@@ -14,7 +14,7 @@ from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import Availability, Cancel, GetManifest, Have, Piece, Request
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.picker import BlockRequest, Picker
-from p2pfl_torrent.core.reports import BlockRefused, ChunkReceived
+from p2pfl_torrent.core.reports import BlockRefused, ChunkReceived, PeerDropped
 from p2pfl_torrent.core.wanted import Wanted
 
 BAD_BLOCK_BAN = 600.0  # seconds; a block that differs from its owner's hash is no accident on Noise
@@ -227,7 +227,8 @@ class Fetching:
             owner, round = known.manifest.owner, known.manifest.round
             refused = BlockRefused(peer, owner, round, request.chunk, bad)
             reason = f"block {bad} of chunk {request.chunk} of {owner} was altered"
-            return [Emit(refused), Drop(peer, reason, BAD_BLOCK_BAN)], False
+            dropped = PeerDropped(peer, reason, BAD_BLOCK_BAN)
+            return [Emit(refused), Emit(dropped), Drop(peer, reason, BAD_BLOCK_BAN)], False
         self.bytes_duplicate += outcome.duplicate_bytes
         fresh = len(piece.data) - outcome.duplicate_bytes
         self.bytes_received[request.update] = self.bytes_received.get(request.update, 0) + fresh

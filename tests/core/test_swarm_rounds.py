@@ -121,6 +121,7 @@ def test_an_altered_block_is_refused_and_fetched_elsewhere() -> None:
     world.play(names="abc")
     for name in "ac":
         assert {event.sender for event in world[name].told(BlockRefused)} == {"b"}
+        assert [event.peer for event in world[name].told(PeerDropped)] == ["b"]
         drops = world[name].sent(ev.Drop)
         assert [drop.peer for drop in drops] == ["b"]  # what it had under way is not looked at
     # a's and c's own are everywhere; of b's nobody could get a byte.
