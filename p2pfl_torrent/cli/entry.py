@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell(sentence: str) -> None:
-    print(f"p2pfl-torrent: {' '.join(sentence.split())}", file=sys.stderr)
+    # Other peers' words may be in it: what is no character must not reach a terminal.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(sentence.split()))
+    print(f"p2pfl-torrent: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, cast
 import msgspec
 import yaml
 
+from p2pfl_torrent.config.differences import model_term
 from p2pfl_torrent.config.reading import known_keys, read_yaml, readable
 from p2pfl_torrent.config.schema import (
     BittorrentSection,
@@ -171,7 +172,7 @@ class PeerConfig:
             mode="swarm",
             aggregator=federate.aggregator,
             seed=self.swarm.seed,
-            model=spec.fingerprint(),
+            model=model_term(spec),
             layout=layout.digest,
             topology=self.topology_terms(),
             rounds=RoundTerms(

@@ -79,7 +79,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         mode: who gets whose update; "swarm": everyone everyone's.
         aggregator: how updates become one model; "fedavg".
         seed: of everything that all peers must draw alike (the overlay).
-        model: fingerprint of the model spec.
+        model: the model spec's fingerprint, in a text of the peers' own making.
         layout: digest of the chunk layout.
     """
 

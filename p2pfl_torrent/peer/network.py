@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import trio
 from multiaddr import Multiaddr
 
+from p2pfl_torrent.config import explain
 from p2pfl_torrent.core.errors import (
     ConfigError,
     GenesisMismatchError,
@@ -19,7 +20,6 @@ from p2pfl_torrent.core.genesis import (
     Terms,
     decode_genesis,
     decode_terms,
-    difference,
     encode_terms,
 )
 from p2pfl_torrent.core.joining import Answer, Join, Mismatch, Question, Refused, Welcome
@@ -132,10 +132,10 @@ async def find_swarm(
 
 def _welcomed(answer: Answer, peer: PeerId, address: str, terms: Terms) -> Welcomed:
     if isinstance(answer, Mismatch):
-        differing = difference(terms, decode_terms(answer.terms))
+        differing = explain(terms, decode_terms(answer.terms))
         raise GenesisMismatchError(
             f"The swarm {terms.name!r} at {address} has other terms: {differing}. Use the same "
-            "configuration and model as its members, or another swarm.name."
+            "configuration and model as its members, or another swarm.name for a swarm of your own."
         )
     if isinstance(answer, Refused):
         raise JoinError(f"{address} refused: {answer.reason}")

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from p2pfl_torrent.config import PeerConfig, explain
+from p2pfl_torrent.config.differences import MAX_OUTLINE, model_term
+from p2pfl_torrent.core.genesis import MAX_GENESIS_BYTES, Terms, decode_terms, encode_terms
+from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
+
+
+def model(*tensors: str, aliases: tuple[tuple[str, str], ...] = ()) -> ModelSpec:
+    """``"a 2 3"`` is tensor a of two by three floats."""
+    split = [text.split() for text in tensors]
+    return ModelSpec(
+        tuple(TensorSpec(name, "F32", tuple(map(int, sides))) for name, *sides in split), aliases
+    )
+
+
+LINEAR = model("w 2 3", "b 3")
+
+
+def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
+    config = PeerConfig().with_values(**values)
+    return config.terms(spec, config.plan_layout(spec))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"federate__total_round_num": 4}, "federate.total_round_num is 10 here and 4 there"),
+        ({"federate__client_num": 4}, "federate.client_num is 2 here and 4 there"),
+        ({"federate__quorum": 1.0}, "federate.quorum is 0.5 here and 1.0 there"),
+        ({"bittorrent__timeout": 4.0}, "bittorrent.timeout is 600.0 here and 4.0 there"),
+        ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
+        ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),
+        ({"chunk__num_chunks": 1}, "chunk.num_chunks or chunk.block_size is another one there"),
+        (
+            {"swarm__seed": 7, "federate__max_staleness": 0},
+            "federate.max_staleness is 2 here and 0 there; swarm.seed is 0 here and 7 there",
+        ),
+    ],
+)
+def test_a_difference_is_told_by_its_key(values: dict[str, object], told: str) -> None:
+    assert explain(terms(), terms(LINEAR, **values)) == told
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        (model("w 2 4", "b 3"), "the model's tensor 'w' is F32[2, 3] here and F32[2, 4] there"),
+        (model("w 2 3"), "the model has 2 tensors here and 1 there: 'b' F32[3] is only here"),
+        (
+            model("w 2 3", "b 3", "c"),
+            "the model has 2 tensors here and 3 there: 'c' F32[] is only there",
+        ),
+        (
+            model("b 3", "w 2 3"),
+            "where the model has tensor 'w' F32[2, 3] here, it has 'b' F32[3] there",
+        ),
+        (
+            model("w 2 3", "b 3", aliases=(("v", "w"),)),
+            "the models differ in tensors after 'b', or in which weights are tied",
+        ),
+    ],
+)
+def test_another_model_is_told_by_its_first_tensor(theirs: ModelSpec, told: str) -> None:
+    assert explain(terms(), terms(theirs)) == told
+
+
+def test_the_term_of_a_large_model_is_bounded() -> None:
+    many = [f"layers.{number}.attention.weight 64 64" for number in range(1000)]
+    large, larger = model(*many), model(*many, "head 64 10")
+    assert len(model_term(large)) <= MAX_OUTLINE + 100
+    assert len(encode_terms(terms(large))) < MAX_GENESIS_BYTES / 2
+    assert explain(terms(large), terms(larger)) == "the model has 1000 tensors here and 1001 there"
+    other = model(*many[:-1], "layers.999.attention.weight 64 65")
+    assert "the models differ in tensors after 'layers." in explain(terms(large), terms(other))
+
+
+@pytest.mark.parametrize("written", ["", "ab" * 32, '["",0,[]]', "[" * 5000, '["",1,[["","",[]]]]'])
+def test_whatever_another_peer_writes_for_its_model_is_told(written: str) -> None:
+    ours = terms()
+    theirs = decode_terms(encode_terms(msgspec.structs.replace(ours, model=written)))
+    assert explain(ours, theirs) == "the model is another one there"
+
+
+def test_names_cannot_command_a_terminal() -> None:
+    hostile = ModelSpec((TensorSpec("\x1b[2J", "F32", (2,)),))
+    assert "\x1b" not in explain(terms(), terms(hostile))
