@@ -32,12 +32,14 @@ class Standing:
 
     Attributes:
         waiting_for: live members expected to contribute whose update is not complete here.
+        unannounced: whether one of them has published nothing yet that is known here.
         lacking: whether any countable update is incomplete.
         verified, announced: bytes of the countable updates of others.
         obtainable: bytes missing of those updates of which a holder has something that is missing.
     """
 
     waiting_for: tuple[PeerId, ...]
+    unannounced: bool
     lacking: bool
     verified: int
     announced: int
@@ -79,7 +81,8 @@ def standing(
         for member, since in sorted(live.items())
         if member != local and since <= round and not _complete(ledger, member, round)
     )
-    return Standing(waiting_for, lacking, verified, announced, obtainable)
+    unannounced = any(ledger.update_of(member, round) is None for member in waiting_for)
+    return Standing(waiting_for, unannounced, lacking, verified, announced, obtainable)
 
 
 def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:

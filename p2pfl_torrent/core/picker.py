@@ -24,6 +24,7 @@ What is tracked, and why:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -543,6 +544,28 @@ class Picker:
         """Measured rate of a holder in bytes per second; 0 before it could be measured."""
         holder = self._holders.get(peer)
         return holder.pipeline.rate or 0.0 if holder is not None else 0.0
+
+    def best_rate(self) -> float:
+        """The best measured rate of a holder; infinite while one of them is unmeasured."""
+        rates = (holder.pipeline.rate for holder in self._holders.values())
+        return max((math.inf if rate is None else rate for rate in rates), default=0.0)
+
+    def least_unasked(self) -> int:
+        """Bytes, at least, to ask for still until one more chunk is here; 0 where none is missing.
+
+        What was asked for may arrive at any moment: nobody knows how much of it is on the way.
+        """
+        size = self._layout.block_size
+        begun = (
+            max(0, chunk.free - 1) * size for chunk in self._begun.values()
+        )  # one may be short
+        untouched = (
+            entry.size
+            for update, known in self._updates.items()
+            for chunk, entry in enumerate(known.manifest.entries)
+            if chunk not in known.complete and (update, chunk) not in self._begun
+        )
+        return min((*begun, *untouched), default=0)
 
     def open_requests(self, peer: PeerId) -> int:
         """Requests to a holder that wait for their answer."""

@@ -7,6 +7,7 @@ closed, then ``closed`` until the shell has averaged and says that the next one 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pull
 MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
 PROTOCOL_BAN = 60.0  # seconds, doubled by each further offence
 MAX_BAN = 3600.0
+OPTIMISM = 2.0  # times a measured rate: what a link that was shared may reach alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Swarm:
         self.live: Mapping[PeerId, int] = MappingProxyType({local: 1})
         self.dead: frozenset[PeerId] = frozenset()
         self._swarm_id = genesis.swarm_id
+        self._largest_chunk = max(chunk.max_file_bytes for chunk in layout.chunks)
         self._policy = policy
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}
@@ -466,8 +469,7 @@ class Swarm:
             times.append(self._announced_at + self._policy.announce_interval)
         if self.phase == "exchanging":
             settled = self._settling_since + self._policy.settle_seconds
-            if settled > now:
-                times.append(settled)
+            times.extend(time for time in (settled, self._hopeless_from(now)) if time > now)
         for timeout in (self.fetching.next_wakeup(now), self.serving.next_wakeup()):
             if timeout is not None:
                 times.append(timeout)
@@ -495,7 +497,23 @@ class Swarm:
             return [*effects, *self._close("deadline", state)]
         if not state.waiting_for and not state.obtainable and settled:
             return [*effects, *self._close("settled", state)]
+        hopeless = state.lacking and not state.unannounced and self._hopeless_from(now) <= now
+        if hopeless and not self._worth_extending(state):
+            return [*effects, *self._close("deadline", state)]
         return effects
+
+    def _hopeless_from(self, now: float) -> float:
+        """From when on no chunk could come by the deadline, even if the best holder sped up.
+
+        Long before that, a time at which to ask again.
+        """
+        best = OPTIMISM * self.picker.best_rate()
+        if self.clock is None or self.clock.deadline is None or not best:
+            return math.inf
+        ask_again = self.clock.deadline - self._largest_chunk / best
+        if now < ask_again:
+            return ask_again
+        return self.clock.deadline - self.picker.least_unasked() / best
 
     def standing(self) -> Standing:
         """How far the current round is."""

@@ -43,10 +43,10 @@ def test_a_round_stands_on_what_others_announced() -> None:
     mine, whole, part = update(2), update(2, "b"), update(2, "c")
     made = ledger((mine, "#########"), (whole, "#########"), (part, "##......."))
     state = stand(made, Verified({part.update: 700}, {part.update}), {A: 1, B: 1, C: 1})
-    assert state == Standing((C,), True, SIZE + 700, 2 * SIZE, SIZE - 700)
+    assert state == Standing((C,), False, True, SIZE + 700, 2 * SIZE, SIZE - 700)
     assert state.completeness == (SIZE + 700) / (2 * SIZE)
     nobody_has_it = stand(made, Verified({part.update: 700}, set()), {A: 1, B: 1})
-    assert nobody_has_it == Standing((), True, SIZE + 700, 2 * SIZE, 0)
+    assert nobody_has_it == Standing((), False, True, SIZE + 700, 2 * SIZE, 0)
 
 
 def test_nothing_announced_is_complete() -> None:

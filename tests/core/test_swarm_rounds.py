@@ -10,6 +10,7 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import discount
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
+from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
 from tests.core.swarm_world import World, terms
 
 RING = ["ab", "bc", "cd", "de", "ef", "fa"]
@@ -306,6 +307,33 @@ def test_the_window_is_not_extended_where_that_cannot_help() -> None:
     assert close.below_min_completion
     assert 0.0 < close.completeness < 0.9
     assert 10.0 <= world["a"].closed_at[1] < 10.5
+
+
+def hopeless_world(names: str) -> World:
+    """Chunks of 128 KiB at 1 kB/s, and a window of 30 s: after a block of 16 KiB that is plain."""
+    model = ModelSpec((TensorSpec("a", "F32", (64, 4096)),))
+    setup = terms(exchange_timeout=30.0)
+    return World(names, rate=1000.0, model=model, block_size=16 << 10, terms=setup)
+
+
+def test_nobody_waits_for_chunks_that_cannot_come_by_the_deadline() -> None:
+    world = hopeless_world("ab")
+    world.play()
+    assert closings(world, "ab") == {"deadline"}
+    assert world["a"].closed_at[1] < 20.0
+    world.begin(2)  # what is late is fetched all the same, for this round or the next
+    world.run(1100.0)
+    assert world.picture("a", 1)["b"] == "########"
+
+
+def test_a_member_that_may_still_publish_is_waited_for_all_the_same() -> None:
+    world = hopeless_world("abc")
+    world.begin(1)
+    world.publish("a")
+    world.publish("b")
+    finish(world, "ab", 1)
+    assert closings(world, "ab") == {"deadline"}
+    assert 30.0 <= world["a"].closed_at[1] < 30.5
 
 
 def test_a_partial_update_is_filled_with_the_owners_last() -> None:

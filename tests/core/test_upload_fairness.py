@@ -233,7 +233,7 @@ class Fairness(RuleBasedStateMachine):
                 self.waited.pop(name, None)
             assert (answer is not None) == (name in runnable)
         places = self.policy.upload_slots + self.policy.optimistic
-        fresh = [name for name, since in self.under_way.items() if self.now - since < 2.0]
+        fresh = [name for name, since in self.under_way.items() if self.now < since + 2.0]
         assert len(fresh) <= places
         idle = [name for name in NAMES if self.asked.get(name) and name not in self.under_way]
         assert not idle or len(fresh) == places
