@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Protocol
 
-from p2pfl_torrent.core.reports import PeerEvent, PeerStatistics
+from p2pfl_torrent.core.reports import Left, PeerEvent, PeerStatistics
 from p2pfl_torrent.progress.display import Display
 
 INTERVAL = 0.25  # seconds between two looks
@@ -73,7 +73,11 @@ class Following:
 
     def _look(self) -> None:
         for event in self._events.drain():
-            self._display.event(self._label, event)
+            if isinstance(event, Left) and event.reason != "finished":
+                # Whoever runs this peer gets the error itself, and tells it once.
+                self._display.swarm.peers[self._label].apply(event)
+            else:
+                self._display.event(self._label, event)
         snapshot = self._snapshot()
         if snapshot is not None:
             self._display.observe(self._label, snapshot)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2pfl_torrent.cli.demo_swarm import topology_of
@@ -11,7 +14,7 @@ from p2pfl_torrent.cli.following import Following
 from p2pfl_torrent.cli.output import check_writable, view_stream, write_json
 from p2pfl_torrent.cli.task import Task, limit_threads, load_tasks, part_of
 from p2pfl_torrent.config import PeerConfig
-from p2pfl_torrent.core.errors import P2PFLError
+from p2pfl_torrent.core.errors import ConfigError, P2PFLError
 from p2pfl_torrent.core.reports import RoundReport
 from p2pfl_torrent.progress.display import Display, console_for
 from p2pfl_torrent.progress.state import SwarmState
@@ -32,10 +35,13 @@ def run(arguments: Namespace) -> int:
     check_writable(arguments.json)
     config = configured(arguments)
     part, parts = part_of(arguments.part, config)
+    make_state_directory(config)
     [task] = load_tasks(config, parts, [part])
     limit_threads()
     from p2pfl_torrent.peer import Peer
 
+    # An optimizer makes torch's compiler make its cache directory; nothing is compiled here.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     trainer = task.trainer(config.federate.on_merge)
     calibration = list(trainer.batches()) if config.chunk.norm_policy == "recalibrate" else None
     console = console_for(view_stream(arguments.json), plain=arguments.plain)
@@ -82,6 +88,22 @@ def take_part(
                 "again, then join once more."
             )
     return reports
+
+
+def make_state_directory(config: PeerConfig) -> None:
+    """Make the place for identity, chunks and checkpoints before anything is loaded.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if config.storage.state_dir:
+        try:
+            Path(config.storage.state_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The state directory {config.storage.state_dir} cannot be made "
+                f"({error.strerror}): give another with --state."
+            ) from error
 
 
 def configured(arguments: Namespace) -> PeerConfig:

@@ -45,6 +45,16 @@ def test_events_are_told_while_the_block_runs_and_at_its_end() -> None:
     ]
 
 
+def test_what_went_wrong_is_left_to_whoever_catches_it() -> None:
+    stream, source = io.StringIO(), Source()
+    source.waiting.append(Left("The disk is full."))
+    display = Display(SwarmState("digits", "mesh", 2, ["part 1/2"]), console_for(stream))
+    with Following(display, "part 1/2", source, lambda: None):
+        pass
+    assert stream.getvalue() == ""
+    assert display.swarm.peers["part 1/2"].phase == "left"
+
+
 class Gone(io.StringIO):
     def write(self, text: str) -> int:
         raise BrokenPipeError
