@@ -73,7 +73,8 @@ def _models(ours: str, theirs: str) -> str:
     if count_here == count_there:
         last = listed_here[-1].name
         return f"the models differ in tensors after {last!r}, or in which weights are tied"
-    text = f"the model has {count_here} tensors here and {count_there} there"
+    tensors = "1 tensor" if count_here == 1 else f"{count_here} tensors"
+    text = f"the model has {tensors} here and {count_there} there"
     where, longer = ("here", listed_here) if count_here > count_there else ("there", listed_there)
     for tensor in longer[min(count_here, count_there) :]:  # the first, if it is listed
         return f"{text}: {tensor.name!r} {_form(tensor)} is only {where}"
