@@ -1,6 +1,7 @@
 """Models, data and training: the only room that imports torch.
 
     state      a torch module as named arrays and back
+    wrappers   names without what torch.compile and DataParallel put into them
     norms      norm policies and recomputed running statistics
     datasets   digits, MNIST from IDX files, whatever torchvision has
     partition  who gets which samples: iid, dirichlet(alpha), label_skew(labels)

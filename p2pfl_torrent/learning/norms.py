@@ -85,11 +85,33 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> int:
             for layer in layers:
                 if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
                     layer.momentum = 1 / count  # it takes no None; this is the same mean
-            x = batch if isinstance(batch, torch.Tensor) else batch[0]
-            model(x.to(device))
+            _forward(model, _input(batch).to(device))
         if not count:
-            raise ConfigError("Cannot recalibrate norm layers without a batch: pass some data.")
+            raise ConfigError(
+                "Cannot recalibrate norm layers without a batch: pass data that can be gone "
+                "through again each round, such as a list or a DataLoader, no generator."
+            )
     return count
+
+
+def _input(batch: object) -> torch.Tensor:
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, torch.Tensor):
+        raise ConfigError(
+            f"A batch to recalibrate norm layers with must be a tensor, or a tuple with the input "
+            f"first, not {type(x).__name__}."
+        )
+    return x
+
+
+def _forward(model: nn.Module, x: torch.Tensor) -> None:
+    try:
+        model(x)
+    except ValueError as error:  # torch's word for one value per channel, of which no variance is
+        raise ConfigError(
+            f"A batch {list(x.shape)} to recalibrate norm layers with does not go through the "
+            f"model: {error}"
+        ) from error
 
 
 def _tracks(module: nn.Module) -> bool:

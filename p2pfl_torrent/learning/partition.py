@@ -18,6 +18,8 @@ Indices = npt.NDArray[np.int64]
 
 DEFAULT_MIN_SAMPLES = 10  # a part that cannot fill a batch says little about its peer
 
+MAX_ALPHA = 1e6  # as good as iid; near 1e308 the drawn shares overflow, and one part gets all
+
 # Redrawing keeps the Dirichlet shape; where bad luck lasts this long (tiny alpha, many parts) the
 # smallest parts are topped up from the largest instead.
 MAX_DRAWS = 50
@@ -47,12 +49,14 @@ def dirichlet(
         min_samples: no part is smaller.
 
     Raises:
-        ConfigError: there are fewer than ``parts * min_samples`` samples, or alpha is not above 0.
+        ConfigError: there are fewer than ``parts * min_samples`` samples, or alpha is out of range.
     """
     targets = np.asarray(labels)
     _check(targets.size, parts, min_samples)
-    if not (0 < alpha < float("inf")):
-        raise ConfigError(f"dirichlet(alpha) needs a finite alpha above 0, got {alpha}.")
+    if not 0 < alpha <= MAX_ALPHA:
+        raise ConfigError(
+            f"dirichlet(alpha) needs an alpha above 0 and at most {MAX_ALPHA:g}, got {alpha}."
+        )
     by_label = [np.flatnonzero(targets == label) for label in np.unique(targets)]
     for _ in range(MAX_DRAWS):
         drawn = _draw_dirichlet(by_label, parts, alpha, rng)
@@ -130,6 +134,7 @@ def partition(
     """
     name, value = parse(spec)
     targets = np.asarray(labels)
+    _check(targets.size, parts, 1)  # nobody can train on an empty part
     return _SCHEMES[name][1](targets, parts, value, rng, min_samples)
 
 
@@ -162,8 +167,8 @@ def _check(samples: int, parts: int, min_samples: int) -> None:
         raise ConfigError(f"A partition needs at least 1 part, got {parts}.")
     if samples < parts * min_samples:
         raise ConfigError(
-            f"{samples} samples cannot give {parts} parts {min_samples} samples each: "
-            f"ask for fewer parts or a lower min_samples."
+            f"{samples} samples cannot give each of {parts} parts at least {min_samples}: ask for "
+            f"fewer parts."
         )
 
 

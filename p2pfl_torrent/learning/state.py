@@ -1,7 +1,8 @@
 """A torch module as named numpy arrays, and back in place.
 
-Integer and bool buffers are part of the exchange, and so are 0-d tensors. Entries of the
-state_dict that are no tensors (``get_extra_state``) stay at home.
+Integer and bool buffers are part of the exchange, and so are 0-d tensors. What a module's
+``get_extra_state`` puts into the state_dict, tensor or not, stays at home. Names are those of the
+state_dict without the wrappers of ``torch.compile`` and ``nn.DataParallel``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from p2pfl_torrent.core.tensors import (
     check_arrays,
 )
 from p2pfl_torrent.learning.norms import NormPolicy, names_kept_home
+from p2pfl_torrent.learning.wrappers import unwrapping
 
 Module = nn.Module
 """A model, named here so that the rooms above need not import torch."""
@@ -44,6 +46,9 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 """torch dtype -> safetensors dtype name."""
+
+EXTRA_STATE = "_extra_state"
+"""Last part of the name under which torch files what a module's ``get_extra_state`` returns."""
 
 
 def describe(
@@ -66,21 +71,23 @@ def describe(
 
     Raises:
         ConfigError: nothing is left to exchange, a glob matches no name, or a tensor cannot be
-            exchanged (its dtype, layout or device).
+            exchanged (its dtype, layout or device, or the state_dict holds a copy of it).
     """
     state = _state(model)
     for pattern in (*include, *exclude):
         if state and not any(fnmatchcase(name, pattern) for name in state):
             raise ConfigError(f"{pattern!r} matches no tensor{_close(pattern, state)}.")
-    withheld = names_kept_home(model, norm_policy)
+    unwrapped = unwrapping(model)
+    withheld = {unwrapped(name) for name in names_kept_home(model, norm_policy)}
     withheld |= {name for name in state if _matches(name, exclude)}
+    owned = _memory(model)
     tensors = []
     aliases = []
     for first, *others in _tied(state):
         names = (first, *others)
         if withheld.intersection(names) or not any(_matches(name, include) for name in names):
             continue
-        tensors.append(_spec(first, state[first]))
+        tensors.append(_spec(first, state[first], owned))
         aliases += [(other, first) for other in others]
     spec = ModelSpec(tuple(tensors), tuple(aliases))
     spec.validate()
@@ -117,7 +124,7 @@ def to_arrays(model: nn.Module, spec: ModelSpec) -> dict[str, Array]:
         ConfigError: the model does not fit the spec.
     """
     state = _fitting(model, spec)
-    return {tensor.name: _to_array(state[tensor.name]) for tensor in spec.tensors}
+    return {tensor.name: _to_array(_on_cpu(state[tensor.name])) for tensor in spec.tensors}
 
 
 def snapshot(model: nn.Module, spec: ModelSpec) -> dict[str, Array]:
@@ -126,7 +133,14 @@ def snapshot(model: nn.Module, spec: ModelSpec) -> dict[str, Array]:
     Raises:
         ConfigError: the model does not fit the spec.
     """
-    return {name: array.copy() for name, array in to_arrays(model, spec).items()}
+    state = _fitting(model, spec)
+    arrays = {}
+    for tensor in spec.tensors:
+        source = state[tensor.name]
+        found = _on_cpu(source)
+        aliasing = found.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+        arrays[tensor.name] = _to_array(found.clone() if aliasing else found)
+    return arrays
 
 
 @torch.no_grad()
@@ -152,8 +166,18 @@ def load_arrays(model: nn.Module, spec: ModelSpec, arrays: Arrays) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    unwrapped = unwrapping(model)
+    return {
+        unwrapped(name): value
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE
+    }
+
+
+def _memory(model: nn.Module) -> set[int]:
+    """Where the model's own parameters and buffers lie."""
+    own = [*model.parameters(), *model.buffers()]
+    return {tensor.untyped_storage().data_ptr() for tensor in own if _unsupported(tensor) is None}
 
 
 def _fitting(model: nn.Module, spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -163,8 +187,12 @@ def _fitting(model: nn.Module, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return _state(model)
 
 
-def _to_array(tensor: torch.Tensor) -> Array:
-    on_cpu = tensor.detach().cpu().contiguous()
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where it is contiguous on the CPU, else a copy that is."""
+    return tensor.detach().cpu().resolve_neg().contiguous()
+
+
+def _to_array(on_cpu: torch.Tensor) -> Array:
     if on_cpu.dtype == torch.bfloat16:
         bits: Array = on_cpu.view(torch.int16).numpy().view(np.uint16)
         return bits
@@ -172,10 +200,16 @@ def _to_array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+def _spec(name: str, tensor: torch.Tensor, owned: set[int]) -> TensorSpec:
     problem = _unsupported(tensor)
     if problem is not None:
         raise ConfigError(f"Tensor {name!r} {problem}: exclude it or convert it.")
+    if tensor.numel() and tensor.untyped_storage().data_ptr() not in owned:
+        # Written into a copy, an average would be lost without a word.
+        raise ConfigError(
+            f"Tensor {name!r} in the state_dict is a copy, not a parameter or buffer of the model: "
+            f"exclude it, or give the module inside that holds it."
+        )
     return TensorSpec(name, DTYPES[tensor.dtype], tuple(tensor.shape))
 
 

@@ -113,7 +113,8 @@ class Trainer:
             raise ConfigError(f"epochs must be at least 1, got {epochs}.")
         start = time.perf_counter()
         total = epochs * self.batches_per_epoch
-        anchors = [parameter.detach().clone() for parameter in self.model.parameters()]
+        weights = self.model.parameters() if self.proximal else ()
+        anchors = [parameter.detach().clone() for parameter in weights]
         done = 0
         loss = 0.0
         self.model.train()

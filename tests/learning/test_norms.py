@@ -155,3 +155,30 @@ def test_a_failed_recalibration_keeps_the_old_statistics(batches: list[torch.Ten
     assert layer(model, "1").num_batches_tracked.item() == tracked
     assert layer(model, "1").momentum == 0.1
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("batches", "told"),
+    [
+        ([{"x": torch.ones(4, 3)}], "a tuple with the input first, not dict"),
+        ([(["text"], torch.ones(1))], "a tuple with the input first, not list"),
+        ([()], "a tuple with the input first, not tuple"),
+        ([torch.ones(1, 3)], r"A batch \[1, 3\] .* more than 1 value per channel"),
+    ],
+)
+def test_batches_that_cannot_be_used_are_told_and_change_nothing(
+    batches: list[Any], told: str
+) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(ConfigError, match=told):
+        recalibrate(model, [torch.ones(4, 3), *batches])
+    assert model.state_dict()["0.num_batches_tracked"] == 0
+    assert model.training
+
+
+def test_a_generator_of_batches_lasts_one_round_only() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    batches = (torch.ones(4, 3) for _ in range(2))
+    assert recalibrate(model, batches) == 2
+    with pytest.raises(ConfigError, match="gone through again each round"):
+        recalibrate(model, batches)

@@ -127,7 +127,7 @@ def test_label_skew_says_why_it_cannot(
 
 
 def test_too_few_samples_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="9 samples cannot give 5 parts 2 samples"):
+    with pytest.raises(ConfigError, match="9 samples cannot give each of 5 parts at least 2"):
         dirichlet(np.zeros(9, np.int64), 5, 0.5, np.random.default_rng(0), min_samples=2)
     with pytest.raises(ConfigError, match="at least 1 part"):
         iid(9, 0, np.random.default_rng(0))
@@ -176,3 +176,19 @@ def test_data_without_torch() -> None:
         "p2pfl_torrent.learning.recipes; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet(0.5)", "label_skew(1)"])
+def test_no_written_scheme_leaves_a_part_empty(scheme: str) -> None:
+    nine = np.zeros(9, np.int64)
+    with pytest.raises(ConfigError, match="9 samples cannot give each of 10 parts at least 1"):
+        partition.partition(scheme, nine, 10, np.random.default_rng(0), min_samples=0)
+
+
+def test_a_large_alpha_is_even_and_a_larger_one_is_refused() -> None:
+    labels = np.arange(1000) % 10
+    even = dirichlet(labels, 5, 1e6, np.random.default_rng(0))
+    assert all(abs(part.size - 200) <= 10 for part in even)
+    for alpha in (1e308, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="above 0 and at most 1e\\+06"):
+            dirichlet(labels, 5, alpha, np.random.default_rng(0))

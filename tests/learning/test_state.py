@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, ModelSpec, TensorSpec
 from p2pfl_torrent.learning.models import build
+from p2pfl_torrent.learning.norms import NormPolicy
 from p2pfl_torrent.learning.state import (
     DTYPES,
     describe,
@@ -306,3 +310,154 @@ def test_explain_mismatch_sees_ties() -> None:
     assert explain_mismatch(nn.Embedding(5, 3), ModelSpec((), (("b", "weight"),))) == (
         "Tensor 'b' is not in this model; the swarm ties it to 'weight'."
     )
+
+
+class ExtraTensor(nn.Linear):
+    """Some libraries pack their scaling state into bytes, of another length on each peer."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(5, dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        raise AssertionError("stays at home")
+
+
+def test_extra_state_that_is_a_tensor_stays_at_home_too() -> None:
+    spec = describe(nn.Sequential(ExtraTensor(2, 1), ExtraTensor(1, 1, bias=False)))
+    assert [tensor.name for tensor in spec.tensors] == ["0.weight", "0.bias", "1.weight"]
+
+
+class Copying(nn.Module):
+    """What its state_dict gives for one of two layers are copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(2, 2)
+        self.packed = nn.Linear(2, 2)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        for name in state:
+            if name.startswith("packed"):
+                state[name] = state[name].clone()
+        return state
+
+
+def test_a_copy_in_the_state_dict_is_refused_since_an_average_in_it_would_be_lost() -> None:
+    with pytest.raises(ConfigError, match=r"'packed\.weight' in the state_dict is a copy"):
+        describe(Copying())
+    spec = describe(Copying(), exclude=("packed.*",))
+    assert [tensor.name for tensor in spec.tensors] == ["plain.weight", "plain.bias"]
+
+
+def test_a_view_of_a_buffer_is_no_copy() -> None:
+    model = nn.Module()
+    model.register_buffer("whole", torch.arange(6.0))
+    model.register_buffer("start", model.get_buffer("whole")[:3])
+    load_arrays(model, describe(model), {"whole": np.zeros(6, "f4"), "start": np.ones(3, "f4")})
+    assert model.get_buffer("whole").tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_lazily_negated_view_is_read_and_written_by_its_values() -> None:
+    imaginary = torch.tensor([1 + 2j]).conj().imag
+    assert imaginary.is_neg()
+    model = One(imaginary)
+    spec = describe(model)
+    assert snapshot(model, spec)["w"].tolist() == [-2]
+    load_arrays(model, spec, {"w": np.array([5], np.float32)})
+    assert model.w.tolist() == [5]
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    wrapped = torch.compile(model)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+# torch's compiler imports parts of torch that torch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled,
+        nn.DataParallel,
+        lambda model: nn.DataParallel(compiled(model)),
+        lambda model: nn.Sequential(compiled(model[0]), nn.DataParallel(model[1]), model[2]),
+    ],
+    ids=["compiled", "parallel", "both", "inside"],
+)
+def test_a_wrapped_model_learns_with_a_plain_one(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+
+    plain, inner = layers(), layers()
+    wrapped = wrap(inner)
+    policies: tuple[NormPolicy, ...] = ("average", "local", "recalibrate")
+    for policy in policies:
+        spec = describe(plain, norm_policy=policy)
+        assert describe(wrapped, norm_policy=policy) == spec
+        assert describe(wrapped, exclude=("0.*",), norm_policy=policy).tensors == spec.tensors[2:]
+    spec = describe(plain)
+    load_arrays(wrapped, spec, snapshot(plain, spec))
+    assert torch.equal(inner.state_dict()["0.weight"], plain.state_dict()["0.weight"])
+
+
+def test_a_child_that_is_only_called_module_keeps_its_name() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(1, 1), "_orig_mod": nn.Linear(1, 1)})
+    names = [tensor.name for tensor in describe(model, include=("*weight",)).tensors]
+    assert names == ["module.weight", "_orig_mod.weight"]
+
+
+class LanguageModel(nn.Module):
+    """As GPT-2: a large vocabulary, the head tied to it, a causal mask that is not saved."""
+
+    def __init__(self, vocabulary: int = 50257, width: int = 8) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+        self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool).tril(), persistent=False)
+
+
+def test_a_huge_tied_embedding_is_sent_once_and_not_copied() -> None:
+    model = LanguageModel()
+    spec = describe(model)
+    assert spec.tensors == (TensorSpec("tokens.weight", "F32", (50257, 8)),)
+    assert spec.aliases == (("head.weight", "tokens.weight"),)
+    [array] = to_arrays(model, spec).values()
+    assert array.__array_interface__["data"][0] == model.head.weight.data_ptr()
+    untied = LanguageModel()
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    mismatch = explain_mismatch(untied, spec)
+    assert mismatch == (
+        "Tensor 'head.weight' is not tied to 'tokens.weight' in this model as in the swarm."
+    )
+
+
+def test_frozen_weights_are_exchanged_and_stay_frozen() -> None:
+    model = nn.Linear(2, 1)
+    model.weight.requires_grad_(False)
+    spec = describe(model)
+    load_arrays(model, spec, {"weight": np.ones((1, 2), "f4"), "bias": np.ones(1, "f4")})
+    assert model.weight.tolist() == [[1, 1]]
+    assert not model.weight.requires_grad
+    assert model.bias.requires_grad
+
+
+class Absent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+        self.register_parameter("bias", None)
+        self.register_buffer("seen", None)
+
+
+def test_parameters_and_buffers_that_are_none_are_no_part_of_the_model() -> None:
+    assert [tensor.name for tensor in describe(Absent()).tensors] == ["w"]
+
+
+def test_a_snapshot_of_strided_memory_is_copied_once() -> None:
+    model = One(torch.arange(6.0).view(2, 3).t())
+    array = snapshot(model, describe(model))["w"]
+    assert array.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert not array.flags.owndata  # torch's copy in one piece, not numpy's copy of that
