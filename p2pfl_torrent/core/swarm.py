@@ -55,6 +55,7 @@ MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pull
 MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
 PROTOCOL_BAN = 60.0  # seconds, doubled by each further offence
 MAX_BAN = 3600.0
+MAX_OFFENDERS = 4096  # whose offences are counted; a new name costs nothing
 OPTIMISM = 2.0  # times a measured rate: what a link that was shared may reach alone
 
 
@@ -177,7 +178,9 @@ class Swarm:
         peer = PeerId(error.peer) if error.peer else fallback
         if peer is None:
             return []  # a relay's gossip: its envelope's signer is checked by pubsub
-        strikes = self._strikes[peer] = self._strikes.get(peer, 0) + 1
+        strikes = self._strikes[peer] = self._strikes.pop(peer, 0) + 1
+        if len(self._strikes) > MAX_OFFENDERS:
+            del self._strikes[next(iter(self._strikes))]  # whose last one is longest ago
         seconds = min(MAX_BAN, PROTOCOL_BAN * 2.0 ** (strikes - 1))
         return [
             Emit(PeerDropped(peer, error.reason, seconds)),

@@ -36,6 +36,8 @@ FIRST_RETRY = 0.05  # seconds; a restarting process is back within tenths
 MAX_RETRY = 5.0  # seconds between two dials of a neighbour that is not there
 FIRST_DIAL_HEADSTART = 0.3  # seconds the lower PeerId has to dial, so that both rarely do at once
 MIN_TICK = 0.005  # seconds; no timer needs more, and a mistake must not spin
+MAX_EDGES = 2048  # kept, if only to be counted: of all members there may be, and of as many others
+MAX_BANNED = 4096  # the last to be dropped; new names cost nothing and must not fill a table
 
 
 class TaskStatus(Protocol):
@@ -204,7 +206,20 @@ class Exchange:
                 self._nursery.start_soon(self._keep, peer, keeper)
 
     def _edge(self, peer: PeerId) -> Edge:
-        return self.edges.setdefault(peer, Edge(peer))
+        edge = self.edges.get(peer)
+        if edge is None:
+            if len(self.edges) >= MAX_EDGES:
+                self._forget_strangers()
+            edge = self.edges[peer] = Edge(peer)
+        return edge
+
+    def _forget_strangers(self) -> None:
+        """Forget those who were here and are gone, and are no members."""
+        self.edges = {
+            peer: edge
+            for peer, edge in self.edges.items()
+            if edge.open or peer in self._keepers or peer in self.swarm.live
+        }
 
     async def _keep(self, peer: PeerId, keeper: _Keeper) -> None:
         with keeper.scope:
@@ -374,6 +389,8 @@ class Exchange:
                 self._note(edge, message, size)
                 self.feed(ev.FromFetcher(peer, message))
                 self._wake_writers()
+                # Who asks faster than it takes the answers is read no faster.
+                await lane.outbox.room()
 
         async def write() -> None:
             await self._write_answers(edge, lane)
@@ -463,7 +480,10 @@ class Exchange:
             lane.scope.cancel()
 
     def _drop(self, peer: PeerId, reason: str, seconds: float, now: float) -> None:
+        self._banned.pop(peer, None)
         self._banned[peer] = now + seconds
+        if len(self._banned) > MAX_BANNED:
+            del self._banned[next(iter(self._banned))]
         edge = self.edges.get(peer)
         for lane in (edge.ask, edge.answer) if edge is not None else ():
             if lane is not None:

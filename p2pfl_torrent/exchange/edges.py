@@ -12,6 +12,7 @@ from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import Channel
 
 MAX_OUTBOX = 8192  # messages; more waiting means that the other side does not read
+MAX_WAITING = 64  # answers, of which a correct neighbour waits for some 30; each may be a manifest
 RATE_HORIZON = 2.0  # seconds over which a rate is averaged: smooth to look at, quick to follow
 RTT_WEIGHT = 0.125  # of a new sample, RFC 6298
 
@@ -26,6 +27,10 @@ class Outbox:
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._wake = trio.Event()
+        self._has_room = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._messages)
 
     def put(self, message: Message) -> None:
         """Queue a message; OutboxFullError when the neighbour does not read."""
@@ -40,7 +45,18 @@ class Outbox:
 
     def take(self) -> Message | None:
         """The next message, if there is one."""
-        return self._messages.popleft() if self._messages else None
+        if not self._messages:
+            return None
+        message = self._messages.popleft()
+        if len(self._messages) == MAX_WAITING - 1:
+            self._has_room.set()
+            self._has_room = trio.Event()
+        return message
+
+    async def room(self) -> None:
+        """Until fewer than MAX_WAITING messages wait."""
+        while len(self._messages) >= MAX_WAITING:
+            await self._has_room.wait()
 
     async def wait(self) -> None:
         """Until a put or a wake since the last wait."""

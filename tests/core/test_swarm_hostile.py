@@ -14,7 +14,7 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core import messages as m
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.swarm import MAX_PARKED, Swarm
+from p2pfl_torrent.core.swarm import MAX_OFFENDERS, MAX_PARKED, Swarm
 from tests.core.swarm_world import World, exchanging
 
 B = PeerId("b")
@@ -99,6 +99,17 @@ def test_each_offence_is_punished_for_longer() -> None:
         effects = swarm.handle(ev.FromHolder(B, m.Ping(1)), 1.0)
         seconds += [effect.seconds for effect in effects if isinstance(effect, ev.Drop)]
     assert seconds == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+
+
+def test_offenders_do_not_add_up_for_ever() -> None:
+    swarm = exchanging()["a"].swarm
+    for number in range(MAX_OFFENDERS + 10):
+        if number % 1000 == 0:
+            swarm.handle(ev.ManifestGossip(B, b""), 1.0)
+        swarm.handle(ev.ManifestGossip(PeerId(f"stranger {number}"), b""), 1.0)
+    assert len(swarm._strikes) == MAX_OFFENDERS
+    (drop,) = (e for e in swarm.handle(ev.ManifestGossip(B, b""), 1.0) if isinstance(e, ev.Drop))
+    assert drop.seconds == 60 * 2**5  # whoever goes on is not forgotten
 
 
 def test_a_late_piece_of_a_request_given_up_is_no_offence() -> None:

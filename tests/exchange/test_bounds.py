@@ -1,0 +1,128 @@
+"""What strangers can make an exchange remember, and queue for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import trio
+from trio.testing import MockClock
+
+from p2pfl_torrent.core import messages as m
+from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.messages import Message
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.reports import PeerEvent
+from p2pfl_torrent.exchange.driver import MAX_BANNED, MAX_EDGES, Exchange
+from p2pfl_torrent.exchange.edges import MAX_WAITING
+from p2pfl_torrent.exchange.ports import Channel, EdgeClosedError, UpdateStore
+from tests.core.swarm_world import World, exchanging
+
+HELLO = m.Hello(b"s" * 32, 1, False, b"")
+
+
+class Surroundings:
+    """A peer that lets everybody in and wants to know nothing."""
+
+    def hello(self, wanted: bool) -> m.Hello:
+        return HELLO
+
+    def admit(self, peer: PeerId, hello: m.Hello) -> m.Refuse | None:
+        return None
+
+    def heard(self, peer: PeerId) -> None: ...
+
+    def edge_lost(self, peer: PeerId) -> None: ...
+
+    def dropped(self, peer: PeerId, reason: str) -> None: ...
+
+    def emit(self, event: PeerEvent) -> None: ...
+
+    def gossip_manifest(self, data: bytes) -> None: ...
+
+    def gossip_availability(self, data: bytes) -> None: ...
+
+
+class NoDialer:
+    async def open_channel(self, peer: PeerId, addrs: Sequence[str]) -> Channel:
+        raise EdgeClosedError("nobody there")
+
+
+class FakeChannel:
+    """Says a Hello, then what it is told to say, until there is nothing more.
+
+    Attributes:
+        taken: messages that the exchange has read.
+    """
+
+    def __init__(self, remote: str, says: Callable[[], Message | None], *, reads: bool) -> None:
+        self.remote = PeerId(remote)
+        self.taken = 0
+        self._says = says
+        self._reads = reads
+
+    async def send(self, message: Message) -> int:
+        await trio.lowlevel.checkpoint()
+        if not self._reads and not isinstance(message, m.Hello):
+            await trio.sleep_forever()
+        return 1
+
+    async def receive(self) -> tuple[Message, int]:
+        await trio.lowlevel.checkpoint()
+        self.taken += 1
+        message = HELLO if self.taken == 1 else self._says()
+        if message is None:
+            raise EdgeClosedError("it has gone")
+        return message, 1
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def an_exchange() -> tuple[World, Exchange]:
+    """Peer a's, which has published; its store is not asked for anything here."""
+    world = exchanging()
+    store = cast(UpdateStore, None)
+    swarm = world["a"].swarm
+    return world, Exchange(swarm, store, NoDialer(), Surroundings(), random.Random(1))
+
+
+async def test_who_asks_and_does_not_read_is_read_no_further(autojump_clock: MockClock) -> None:
+    world, exchange = an_exchange()
+    question = m.GetManifest(world["a"].updates[1])
+    channel = FakeChannel("stranger", lambda: question, reads=False)
+    with trio.move_on_after(60):
+        await exchange.serve(channel)
+    assert channel.taken < 3 * MAX_WAITING
+    assert len(exchange.edges) == 1
+
+
+async def test_who_asks_and_reads_is_answered_however_much_it_asks(
+    autojump_clock: MockClock,
+) -> None:
+    world, exchange = an_exchange()
+    left = iter([m.GetManifest(world["a"].updates[1])] * 10_000)
+    channel = FakeChannel("stranger", lambda: next(left, None), reads=True)
+    await exchange.serve(channel)
+    assert channel.taken == 10_002
+
+
+async def test_strangers_that_came_and_went_are_forgotten(autojump_clock: MockClock) -> None:
+    _, exchange = an_exchange()
+    await exchange.serve(FakeChannel("b", lambda: None, reads=True))
+    for number in range(MAX_EDGES + 10):
+        await exchange.serve(FakeChannel(f"stranger {number}", lambda: None, reads=True))
+        assert len(exchange.edges) <= MAX_EDGES
+    assert PeerId("b") in exchange.edges  # a member
+    assert PeerId(f"stranger {MAX_EDGES + 9}") in exchange.edges
+
+
+async def test_the_dropped_do_not_add_up_for_ever(autojump_clock: MockClock) -> None:
+    _, exchange = an_exchange()
+    for number in range(MAX_BANNED + 10):
+        exchange.blame(RemoteProtocolError("nonsense", f"stranger {number}"))
+    assert len(exchange._banned) == MAX_BANNED
+    channel = FakeChannel(f"stranger {MAX_BANNED + 9}", lambda: None, reads=True)
+    await exchange.serve(channel)
+    assert channel.taken == 1  # its Hello, and no more
