@@ -14,7 +14,7 @@ from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.messages import Message
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import PeerEvent
-from p2pfl_torrent.exchange.driver import MAX_BANNED, MAX_EDGES, Exchange
+from p2pfl_torrent.exchange.driver import HELLO_PATIENCE, MAX_BANNED, MAX_EDGES, Exchange
 from p2pfl_torrent.exchange.edges import MAX_WAITING
 from p2pfl_torrent.exchange.ports import Channel, EdgeClosedError, UpdateStore
 from tests.core.swarm_world import World, exchanging
@@ -106,6 +106,18 @@ async def test_who_asks_and_reads_is_answered_however_much_it_asks(
     channel = FakeChannel("stranger", lambda: next(left, None), reads=True)
     await exchange.serve(channel)
     assert channel.taken == 10_002
+
+
+async def test_who_says_nothing_is_not_waited_for_long(autojump_clock: MockClock) -> None:
+    class Silent(FakeChannel):
+        async def receive(self) -> tuple[Message, int]:
+            await trio.sleep_forever()
+            raise AssertionError("for ever is over")
+
+    _, exchange = an_exchange()
+    await exchange.serve(Silent("stranger", lambda: None, reads=True))
+    assert trio.current_time() == HELLO_PATIENCE
+    assert not exchange.edges
 
 
 async def test_strangers_that_came_and_went_are_forgotten(autojump_clock: MockClock) -> None:
