@@ -42,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as told:  # argparse has printed help or its error already
         return told.code if isinstance(told.code, int) else FAILURE
     try:
-        with _interruptible():
+        with _interruptible(last=argv is None):
             end_with_parent()
-            return _command(arguments.command)(arguments)
+            return _run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _run(arguments: Namespace) -> int:
+    try:
+        return _command(arguments.command)(arguments)
     except BrokenPipeError:
         # Whoever read our output is gone; nothing is left to tell, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,19 +76,25 @@ def _tell(sentence: str) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM both end a command cleanly, by KeyboardInterrupt."""
+def _interruptible(*, last: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM both end a command cleanly, by KeyboardInterrupt.
+
+    Args:
+        last: nothing but the interpreter's own end comes after it, which a signal could only
+            garble: none is heard then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
     before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, _interrupt)
     if before[0] is signal.SIG_IGN:  # so a shell without job control starts what it puts behind
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    after = (signal.SIG_IGN, signal.SIG_IGN) if last else before
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        signal.signal(signal.SIGINT, after[0])
+        signal.signal(signal.SIGTERM, after[1])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -171,5 +171,34 @@ def test_a_bootstrap_put_behind_by_a_script_can_be_ended() -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_changes_nothing(number: int) -> None:
+    code = (
+        "import atexit, sys; from p2pfl_torrent.cli import main\n"
+        "atexit.register(lambda: (print(flush=True), sys.stdin.readline()))\n"
+        "sys.argv[1:] = ['join', 'none.yaml']; sys.exit(main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"  # it has told what was wrong, and ends
+        process.send_signal(number)
+        _, errors = process.communicate("\n", timeout=30)
+    assert process.returncode == 1
+    assert len(errors.splitlines()) == 1
+
+
+def test_other_peers_words_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    told = failure(["join", "\x1b[2J\u202e\n.yaml"], capsys)
+    assert told.startswith("\\x1b[2J\\u202e .yaml: No such file")
+
+
 def test_a_bad_address_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nonsense" in failure(["bootstrap", "--listen", "nonsense"], capsys)
