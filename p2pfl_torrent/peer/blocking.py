@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
+from outcome import Error, Outcome, Value
 
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import P2PFLError
@@ -65,6 +66,9 @@ class Peer:
         self._node = Node(config, self._model.spec, self._model.copy(), on_address)
         self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
         self._ready = threading.Event()
+        self._ended = threading.Event()
+        self._is_ending = False
+        self._calls: trio.Nursery | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop = trio.Event()
         self._scope = trio.CancelScope()
@@ -80,40 +84,85 @@ class Peer:
             self._error = error
         finally:
             self._ready.set()
+            self._ended.set()
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
+            if self._is_ending:
+                self._scope.cancel()
             async with open_node(self._node):
-                self._ready.set()
-                await self._stop.wait()
+                async with trio.open_nursery() as self._calls:
+                    self._ready.set()
+                    await self._stop.wait()
+                    self._calls.cancel_scope.cancel()
 
-    def _call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run an async function in the network's thread and wait for it."""
-        assert self._token is not None
-        try:
-            return trio.from_thread.run(function, *args, trio_token=self._token)
-        except (trio.RunFinishedError, trio.Cancelled) as error:
-            raise self._stopped() from error
+    async def _in_nursery(
+        self, function: Callable[..., Awaitable[T]], args: tuple[object, ...]
+    ) -> Outcome[T] | None:
+        """A call's outcome; None if the peer ended first.
 
-    def _stopped(self) -> PeerStoppedError:
-        self._thread.join()
-        why = f": {self._error}" if self._error is not None else ""
-        return PeerStoppedError(f"This peer has stopped{why}.")
+        A user's call runs in a nursery inside the peer, so that it is over, with all its threads,
+        before anything is closed that it uses. (trio would make it a task of the whole run.)
+        """
+        result: Outcome[T] | None = None
+        over = trio.Event()
+
+        async def run() -> None:
+            nonlocal result
+            try:
+                result = Value(await function(*args))
+            except Exception as error:  # noqa: BLE001 - raised in the user's thread
+                result = Error(error)
+            finally:
+                over.set()
+
+        if self._calls is None or self._calls.cancel_scope.cancel_called:
+            return None
+        self._calls.start_soon(run)
+        await over.wait()
+        return result
 
     # --- the user's thread -------------------------------------------------------------------
 
+    def _call(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Run an async function in the network's thread and wait for it."""
+        try:
+            result = trio.from_thread.run(
+                self._in_nursery, function, args, trio_token=self._entered()
+            )
+        except (trio.RunFinishedError, trio.Cancelled):
+            result = None
+        if result is None:
+            raise self._stopped()
+        return cast("T", result.unwrap())
+
+    def _entered(self) -> trio.lowlevel.TrioToken:
+        if self._token is None:
+            raise PeerStoppedError("This peer does not run yet: use it in a with block.")
+        return self._token
+
+    def _stopped(self) -> PeerStoppedError:
+        self._ended.wait()
+        why = f": {self._error}" if self._error is not None else ""
+        return PeerStoppedError(f"This peer has stopped{why}.")
+
     def __enter__(self) -> Peer:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._is_ending = True  # should it have come to run all the same
+            raise
         try:
             self._ready.wait()
-        except BaseException:  # Ctrl-C while joining: leave nothing running behind
+            if self._error is None:
+                self._model.load(self._node.start_weights())
+        except BaseException:  # Ctrl-C, for one: the block is not entered, so nobody would leave it
             self._end(self._scope.cancel)
             raise
         if self._error is not None:
-            self._thread.join()
+            self._ended.wait()
             raise self._error
-        self._model.load(self._node.start_weights())
         return self
 
     def __exit__(
@@ -122,21 +171,25 @@ class Peer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # After an error the user wants out now; else the neighbours are served first.
-        self._end(self._stop.set if kind is None else self._scope.cancel)
+        try:
+            # After an error the user wants out now; else the neighbours are served first.
+            self._end(self._stop.set if kind is None else self._scope.cancel)
+        except BaseException:  # Ctrl-C while they are
+            self._end(self._scope.cancel)
+            raise
         if kind is None and self._error is not None:
             raise self._stopped() from self._error
 
     def _end(self, how: Callable[[], object]) -> None:
-        while self._thread.is_alive():
-            if self._token is not None:
-                try:
-                    self._token.run_sync_soon(how)
-                except trio.RunFinishedError:
-                    pass
-                self._thread.join()
-                return
-            self._thread.join(0.01)  # it has been started, but its loop not yet
+        """Make the network's thread end, and wait until everything is closed."""
+        self._is_ending = True
+        if self._token is not None:
+            try:
+                self._token.run_sync_soon(how)
+            except trio.RunFinishedError:
+                pass
+        # Not join: one that Ctrl-C interrupts takes the thread for ended ever after (Python 3.11).
+        self._ended.wait()
 
     @property
     def peer_id(self) -> str:
@@ -178,9 +231,8 @@ class Peer:
         return report
 
     def _soon(self, function: Callable[..., object], *args: object) -> None:
-        assert self._token is not None
         try:
-            self._token.run_sync_soon(function, *args)
+            self._entered().run_sync_soon(function, *args)
         except trio.RunFinishedError:
             raise self._stopped() from None
 
@@ -195,9 +247,8 @@ class Peer:
 
     def statistics(self) -> PeerStatistics:
         """A snapshot of what this peer is doing."""
-        assert self._token is not None
         try:
-            return trio.from_thread.run_sync(self._node.statistics, trio_token=self._token)
+            return trio.from_thread.run_sync(self._node.statistics, trio_token=self._entered())
         except (trio.RunFinishedError, trio.Cancelled):
             raise PeerStoppedError("This peer has stopped.") from None
 

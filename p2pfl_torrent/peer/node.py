@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -598,20 +598,34 @@ async def _run(node: Node) -> AsyncIterator[None]:
                 raise failure
     except BaseExceptionGroup as group:
         sole = _sole(group)
-        reason = str(sole) or type(sole).__name__
+        reason = _reason(sole)
         raise sole from None
     except BaseException as error:
-        reason = str(error) or type(error).__name__
+        reason = _reason(error)
         raise
     finally:
         node.close(reason)
 
 
+def _reason(error: BaseException) -> str:
+    """What ``Left`` says."""
+    if isinstance(error, (trio.Cancelled, KeyboardInterrupt)):
+        return "stopped before the end"
+    return str(error) or type(error).__name__
+
+
 def _sole(error: BaseException) -> BaseException:
-    """The one error behind nested groups of one; the group where there are several."""
-    while isinstance(error, BaseExceptionGroup):
-        others = [e for e in error.exceptions if not isinstance(e, trio.Cancelled)]
-        if len(others) != 1:
-            return error
-        error = others[0]
-    return error
+    """The one error behind nested groups, cancellations apart; the group where there are more."""
+    leaves = list(_leaves(error))
+    errors = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)]
+    if len(errors) > 1:
+        return error
+    return (errors or leaves)[0]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -24,6 +24,12 @@ class AsyncPeer:
     block serves the neighbours until they have what they need, then says goodbye. Train in a
     thread (``trio.to_thread.run_sync``), so that chunks are served meanwhile.
 
+    Ctrl-C: run the program by ``trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)``.
+    KeyboardInterrupt then comes to the main task where that waits, and leaves the block as any
+    other error does: the peer stops at once and releases its state directory. A thread that trains
+    is waited for, unless it was started with ``abandon_on_cancel=True``. Without that argument,
+    trio raises it in whatever code runs just then, perhaps libp2p's: nothing can be promised.
+
     Args: as ``Peer``; ``on_address`` is called in trio's own thread.
 
     Raises (on entering):
