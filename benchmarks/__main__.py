@@ -1,0 +1,26 @@
+"""``python -m benchmarks NAME``: runs one benchmark; each prints a table and can write JSON."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
+    "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark that the first argument names."""
+    if not argv or argv[0] not in BENCHMARKS:
+        print("usage: python -m benchmarks NAME [--help] [--json FILE]\n")
+        for name, what in BENCHMARKS.items():
+            print(f"  {name:10} {what}")
+        return 0 if argv in (["--help"], ["-h"]) else 2
+    module = importlib.import_module(f"benchmarks.{argv[0]}")
+    return int(module.main(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
