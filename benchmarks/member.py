@@ -117,7 +117,8 @@ async def next_line() -> str:
     def read() -> str:
         return sys.stdin.readline()
 
-    return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+    # libp2p brings stubs of an older trio along, and mypy prefers them.
+    return await trio.to_thread.run_sync(read, abandon_on_cancel=True)  # type: ignore[call-arg]
 
 
 async def member(spec: Spec) -> None:
