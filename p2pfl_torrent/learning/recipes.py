@@ -39,8 +39,11 @@ class Recipe:
     epoch_seconds: float
 
 
-# Five peers, seed 0: merged 96.5% after the first round, where the first two peers had 83 and 80,
-# and 98.5% after the fourth; central training 98.8%.
+# Six peers, seeds 0 and 1: merged 89 and 91% after the first round, 97.3 and 97.8% after the
+# second, 98.3 and 98.7% after the fifth; central training with as many epochs 98.8 and 99.1%, alone
+# (seed 0) 79 to 98%. Five peers, seed 0, after the fourth round: 98.5%, in batches of 64 98.3%;
+# a learning rate of 0.05 is half a point behind in the first three. A momentum of 0.9, and group
+# norm (66% after the first round), start more slowly.
 MNIST = Recipe(
     dataset="mnist",
     model="small_cnn",
@@ -73,16 +76,17 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "mnist": MNIST,
     "torchvision-mnist": replace(MNIST, dataset="torchvision:MNIST"),
-    # Not tuned on the real images, which the author could not get: MNIST's settings, with a norm
-    # that needs no policy.
+    # Not tuned on the real images, which could not be had: MNIST's settings. On digits in random
+    # colours before random backgrounds, in CIFAR-10's form, they learned where a learning rate of
+    # 0.05 was slower (76 against 68% after three epochs of 20,000) and group norm did not start.
     "cifar10": Recipe(
         dataset="torchvision:CIFAR10",
-        model="small_cnn_group_norm",
+        model="small_cnn",
         partition="dirichlet(0.5)",
         rounds=10,
         epochs=1,
         batch_size=32,
-        lr=0.05,
+        lr=0.1,
         momentum=0.5,
         on_merge="keep",
         epoch_seconds=60,

@@ -66,7 +66,7 @@ class Trainer:
         on_merge: whether `merged` keeps the momentum or starts it anew.
 
     Raises:
-        ConfigError: the data set is empty or a number is out of range.
+        ConfigError: the data set is empty, a number is out of range, or there is no such device.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class Trainer:
         on_merge: OnMerge = "keep",
     ) -> None:
         _check(dataset, batch_size, lr, momentum, proximal, on_merge)
-        self.model = model.to(device)
+        self._device = _usable(device)
+        self.model = model.to(self._device)
         self.dataset = dataset
         self.batch_size = batch_size
         self.proximal = proximal
         self.on_merge = on_merge
-        self._device = torch.device(device)
         self._optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
         self._generator = torch.Generator().manual_seed(seed)
         self._x = torch.from_numpy(dataset.x).to(self._device)
@@ -210,6 +210,18 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = EVALUATION_BA
         for module, training in modes:
             module.training = training
     return Evaluation(loss / len(dataset), right / len(dataset), len(dataset))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # A build of torch without CUDA fails an assertion, one without a GPU or MPS a call.
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"Device {str(device)!r} cannot be used here ({reason}): use 'cpu'."
+        ) from error
 
 
 def _check(

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +97,27 @@ def test_missing_data_is_told_before_anything_starts(
         assert line.startswith(
             f"p2pfl-torrent: train-images-idx3-ubyte is not in {tmp_path}: put MNIST's four IDX"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_demo_of_another_recipe(tmp_path: Path) -> None:
+    write_idx(tmp_path, 100)
+    told = tmp_path / "told.json"
+    arguments = ["--recipe", "mnist", "--data", ".", "--peers", "2", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "p2pfl_torrent", "demo", *arguments, "--json", str(told)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(told.read_text())
+    [round] = result["rounds"]
+    assert round["completeness"] == 1.0
+    # 105,866 weights of four bytes from each peer to the other: the recipe's model, not digits'.
+    assert round["bytes_payload"] > 2 * 4 * 105_866
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

