@@ -182,6 +182,14 @@ class Fetching:
             ToHolder(peer, GetManifest(update)) for peer, update in self._wanted.ask(now, newest)
         ]
 
+    def ask_about(self, update: UpdateId) -> list[Effect]:
+        """Ask every holder of an update that is known here whether it has counted it."""
+        return [
+            ToHolder(peer, GetManifest(update))
+            for peer in sorted(self._remote)
+            if update in self._remote[peer].held
+        ]
+
     def ask_blocks(self, peer: PeerId, now: float) -> list[Effect]:
         """Blocks of one holder: after its answer, the common case."""
         requests = self._picker.next_requests(peer, now)

@@ -22,7 +22,7 @@ from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, Stimulus
 from p2pfl_torrent.core.fetching import Fetching
 from p2pfl_torrent.core.genesis import Genesis
-from p2pfl_torrent.core.ledger import Ledger
+from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import (
     Manifest,
     SignedHeader,
@@ -243,6 +243,20 @@ class Swarm:
         self._moved = True
         return self.fetching.stop(update)
 
+    def _contained_by_time(self, known: KnownUpdate, left: int) -> list[Effect]:
+        """Leave out what was here in time in a round up to ``left``: the state taken holds it.
+
+        Of the rounds that this peer was never in, it cannot say what came in time: it asks, as far
+        as that still matters.
+        """
+        update, round = known.manifest.update, known.manifest.round
+        if known.counted_in is not None or round >= self.round or known.after_deadline:
+            return []
+        if round > left and round >= self._oldest_round():
+            return self.fetching.ask_about(update)
+        self.ledger.count(update, known.held, self.round - 1)
+        return []
+
     def _answer(self, peer: PeerId, message: Message, now: float) -> list[Effect]:
         if isinstance(message, Reject):
             self.picker.rejected(peer, message.number, now, message.reason)
@@ -361,7 +375,7 @@ class Swarm:
         return effects
 
     def _round_begun(self, stimulus: ev.RoundBegun, now: float) -> list[Effect]:
-        self.round = stimulus.round
+        left, self.round = self.round, stimulus.round
         self.phase = "training"
         self.clock = RoundClock(self.terms, self.round, now)
         if stimulus.caught_up:
@@ -374,11 +388,9 @@ class Swarm:
             effects.extend(self.fetching.forget(update))
             self.ledger.forget(update)
         for known in list(self.ledger):
-            contained = stimulus.caught_up and not known.after_deadline
-            if contained and known.counted_in is None and known.manifest.round < self.round:
-                # The state taken over holds it already: counting it again would weigh it twice.
-                self.ledger.count(known.manifest.update, known.held, self.round - 1)
             effects.extend(self._contained(known.manifest.update))
+            if stimulus.caught_up:
+                effects.extend(self._contained_by_time(known, left))
             if known.counted_in is not None:
                 effects.extend(self.fetching.stop(known.manifest.update))
         self.ledger.forget_rounds_before(self._oldest_round())
@@ -562,12 +574,16 @@ class Swarm:
             ledger=self.ledger,
             dead=self.dead,
         )
+        effects: list[Effect] = []
         for count in counted:
             self.ledger.count(count.manifest.update, count.chunks, self.round)
+            if count.status == "late":  # who is late again must not count it once more
+                known = self.ledger[count.manifest.update]
+                effects.extend(self.serving.announce_update(known, with_manifest=False))
         late = too_late(self.ledger, self.round, self.terms.max_staleness)
-        for known in late:
-            known.dropped = True
-        dropped = {(known.manifest.owner, known.manifest.round) for known in late}
+        for old in late:
+            old.dropped = True
+        dropped = {(old.manifest.owner, old.manifest.round) for old in late}
         # A member whose update is here in part is reported there, not as missing.
         heard = {count.manifest.owner for count in counted if count.status != "late"}
         missing = tuple(member for member in state.waiting_for if member not in heard)
@@ -583,7 +599,7 @@ class Swarm:
             extended=self.clock.extended,
             below_min_completion=state.completeness < self.terms.min_completion_ratio,
         )
-        return [Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
+        return [*effects, Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
 
     def close_late(self) -> ev.CloseRound:
         """Close a round that this peer missed when it turns out that nobody else went on."""

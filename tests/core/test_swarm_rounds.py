@@ -153,6 +153,29 @@ def test_a_straggler_is_counted_late_once_by_all_with_a_discount() -> None:
     assert {count[1] for count in world["b"].counts(3)} == {3}
 
 
+def test_stragglers_that_are_late_again_and_again_count_what_the_others_count() -> None:
+    world = World("abcde", terms=terms(max_staleness=3, exchange_timeout=5.0))
+    world.begin(1)
+    for round in (1, 2):  # d misses each of them and catches up, c is in the first all the time
+        for name in "abe":
+            world.publish(name, round)
+        finish(world, "abe", round)
+        world.begin(round + 1, "abe")
+        world.publish("d", round, samples=40)
+        world.begin(round + 1, "d", caught_up=True)
+        world.run(1.0)
+    world.publish("c", 1, samples=90)
+    world.begin(3, "c", caught_up=True)
+    assert (world["c"].missed, world["d"].missed) == ([1], [1, 2])
+    world.run(1.0)
+    for name in "abcde":
+        world.publish(name, 3)
+    finish(world, "abcde", 3)
+    late = [c.manifest.header for c in world["d"].closed[3].counts if c.status == "late"]
+    assert [(header.owner, header.round) for header in late] == [("c", 1), ("d", 2)]
+    assert agree(world, "abcde", 3)
+
+
 def test_a_joiner_does_not_count_again_what_its_state_holds() -> None:
     world = World("abc", edges=["ab", "bc"])
     world.play(1)
