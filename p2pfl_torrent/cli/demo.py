@@ -70,7 +70,11 @@ def run(arguments: Namespace) -> int:
 
 @contextmanager
 def _places(arguments: Namespace, console: Console) -> Iterator[_Places]:
-    """The demo's directories; those that nobody asked to keep are removed."""
+    """The demo's directories; those that nobody asked to keep are removed.
+
+    A demo that is killed by SIGKILL leaves its temporary directory: its logs are all that tells
+    what happened, and the system clears such directories in its own time.
+    """
     with tempfile.TemporaryDirectory(prefix="p2pfl-demo-") as temporary:
         scratch = Path(temporary) / "scratch"
         scratch.mkdir()
