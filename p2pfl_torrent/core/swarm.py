@@ -101,6 +101,7 @@ class Swarm:
         self.clock: RoundClock | None = None
         self.live: Mapping[PeerId, int] = MappingProxyType({local: 1})
         self.dead: frozenset[PeerId] = frozenset()
+        self._members: set[PeerId] = {local}  # now or before: who goes leaves its updates behind
         self._swarm_id = genesis.swarm_id
         self._largest_chunk = max(chunk.max_file_bytes for chunk in layout.chunks)
         self._policy = policy
@@ -282,7 +283,7 @@ class Swarm:
             return self.blame(error, stimulus.via)
         if signed is None:
             return self._manifest(stimulus.data, stimulus.via, now)
-        if self._relevant(signed) and signed.owner in self.live:
+        if self._relevant(signed) and signed.owner in self._members:
             effects = self._see(signed)
             if not self.ledger.equivocated(signed.owner, signed.round):
                 self.fetching.want(signed.update, signed.round)
@@ -320,7 +321,7 @@ class Swarm:
             self._irrelevant(manifest.signed)
             self.fetching.not_now(manifest.update, manifest.round, self.round)
             return []
-        if manifest.owner not in self.live and manifest.owner not in self.dead:
+        if manifest.owner not in self._members and manifest.owner not in self.dead:
             if len(self._parked) < MAX_PARKED:
                 self._parked[data] = via
             return []
@@ -366,6 +367,7 @@ class Swarm:
     def _members_now(self, stimulus: ev.MembersNow, now: float) -> list[Effect]:
         self.live = MappingProxyType(dict(stimulus.live))
         self.dead = stimulus.dead
+        self._members.update(stimulus.live)
         self._moved = True
         self._settling_since = now
         parked, self._parked = self._parked, {}

@@ -104,6 +104,25 @@ def test_a_peer_that_dies_in_mid_exchange_is_not_waited_for() -> None:
     assert status == {**dict.fromkeys("abcd", "complete"), "e": "dead"}
 
 
+@pytest.mark.parametrize("gossip", [True, False])
+def test_the_update_of_who_left_meanwhile_is_learned_from_the_others(gossip: bool) -> None:
+    world = World("abc", edges=["bc"], gossip=False)
+    world.begin(1)
+    world.publish("c")
+    world.run(1.0)  # it has all it came for, and goes
+    world.unlink("b", "c")
+    world.members("ab")
+    world.gossip = gossip
+    world.link("a", "b")
+    if gossip:  # by way of others
+        world.feed("a", ev.ManifestGossip(PeerId("c"), world.update("c", 1).encode()))
+    for name in "ab":
+        world.publish(name)
+    finish(world, "ab", 1)
+    assert {count[0] for count in world["b"].counts(1)} == {"a", "b", "c"}
+    assert agree(world, "ab")
+
+
 def test_a_silent_member_costs_no_more_than_the_deadline() -> None:
     world = World("abc")
     world.begin(1)
