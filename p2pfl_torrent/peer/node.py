@@ -374,8 +374,23 @@ class Node:
         merged = await self._rounds.exchange(arrays, num_samples, metrics, trio.current_time())
         self._driver.round_changed(self._rounds.round)
         if merged.report.late:
-            self._driver.set_ready(self._rounds.round)
+            self._came_back(merged.report.round)
         return merged
+
+    def _came_back(self, missed: int) -> None:
+        """We caught up after a round went on without us: say from when to wait for us again.
+
+        Who only was slow has kept its place, a hub stays hub, and is waited for as before. Who was
+        given up has taken the last place meanwhile (its record names a round after the missed one),
+        and now names the round after the one it caught up to, as a joiner does. In that one it
+        begins late: the others may be about to close it, and would wait until its deadline for one
+        who may not make it. They count its update if it comes in time, as a late one if not, and
+        wait for it in the next, which it begins when it has closed this one. Who misses that too
+        comes by here again, so one that freezes again and again holds up nobody.
+        """
+        own = self._members.get(PeerId(self.peer_id))
+        if own is not None and own.joined_round > missed:
+            self._driver.set_ready(self._rounds.round + 1)
 
     def finished(self, report: RoundReport) -> None:
         """The aggregate is in the user's model."""
