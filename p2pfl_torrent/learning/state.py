@@ -223,6 +223,8 @@ def _unsupported(tensor: torch.Tensor) -> str | None:
         return "is on the meta device and has no values"
     if tensor.layout != torch.strided:
         return f"has the layout {str(tensor.layout).removeprefix('torch.')}, only strided works"
+    if not _has_memory(tensor):
+        return "has no memory of its own (sharded, as by FSDP, or packed)"
     if tensor.dim() > MAX_DIMENSIONS:
         return f"has {tensor.dim()} dimensions, above the limit of {MAX_DIMENSIONS}"
     if any(
@@ -230,6 +232,15 @@ def _unsupported(tensor: torch.Tensor) -> str | None:
     ):
         return "repeats one memory cell (expand), which cannot be written"
     return None
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """False for a tensor that only stands for others: torch gives such no data pointer."""
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _tied(state: Mapping[str, torch.Tensor]) -> list[list[str]]:

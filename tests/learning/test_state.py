@@ -48,6 +48,18 @@ class Every(nn.Module):
             self.register_buffer(f"as_{DTYPES[dtype]}", value)
 
 
+class Sharded(torch.Tensor):
+    """A tensor that stands for others, as FSDP's do."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation leaves out func
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise AssertionError(f"nothing is computed with it, not even {func}")
+
+
 class One(nn.Module):
     """One tensor `w` as it is given."""
 
@@ -239,6 +251,7 @@ def test_a_glob_that_matches_nothing_is_an_error() -> None:
         (torch.eye(2).to_sparse(), "'w' has the layout sparse_coo"),
         (torch.zeros(1).expand(3), "'w' repeats one memory cell"),
         (torch.zeros([1] * 17), "'w' has 17 dimensions"),
+        (torch.Tensor._make_wrapper_subclass(Sharded, (2,)), "'w' has no memory of its own"),
     ],
 )
 def test_what_cannot_be_exchanged_is_named(tensor: torch.Tensor, message: str) -> None:
