@@ -10,12 +10,12 @@ from typing import Annotated, Protocol
 
 import msgspec
 
-from p2pfl_torrent.core.census import MAX_MEMBERS, MAX_WITNESSES
+from p2pfl_torrent.core.census import MAX_MEMBERS, MAX_WITNESSES, Census
 from p2pfl_torrent.core.errors import RemoteProtocolError
-from p2pfl_torrent.core.genesis import MAX_GENESIS_BYTES
+from p2pfl_torrent.core.genesis import MAX_GENESIS_BYTES, Genesis
 from p2pfl_torrent.core.manifest import Hash
 from p2pfl_torrent.core.messages import MAX_RECORD_BYTES
-from p2pfl_torrent.core.statements import FINGERPRINT_BYTES, MAX_BATCH_BYTES
+from p2pfl_torrent.core.statements import ACTIVE, FINGERPRINT_BYTES, LEFT, MAX_BATCH_BYTES
 
 PROTOCOL_ID = "/p2pfl-torrent/members/1.0.0"
 MAX_FINGERPRINTS = MAX_MEMBERS * (1 + MAX_WITNESSES) * FINGERPRINT_BYTES
@@ -146,6 +146,22 @@ def decode_answer(data: bytes | bytearray) -> Answer:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"malformed answer about members ({error})") from error
     return answer
+
+
+SwarmRank = tuple[bool, bool, bytes]
+"""Of several swarms of the same terms the one with the lowest rank goes on."""
+
+
+def swarm_rank(genesis: Genesis, census: Census) -> SwarmRank:
+    """First those of whom as many are ready as round 1 waits for, then those with any member.
+
+    Two swarms of the same terms begin where peers reach different bootstrap peers. Everybody who
+    meets both decides alike.
+    """
+    ready = sum(record.status == ACTIVE for record in census)
+    has_begun = ready >= genesis.terms.rounds.client_num
+    is_empty = all(record.status == LEFT for record in census)
+    return not has_begun, is_empty, genesis.swarm_id
 
 
 def first_sync(swarm: bytes, census: Comparable, news: bytes) -> Sync:

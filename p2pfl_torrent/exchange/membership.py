@@ -68,6 +68,10 @@ class MemberNetwork(Protocol):
         ...
 
 
+def _ignore_other_swarm(welcome: Welcome, via: PeerId) -> None:
+    """Nobody wants to know of a second swarm of the same terms."""
+
+
 def _ignore_fault(peer: PeerId, reason: str) -> None:
     """Nobody wants to know who broke the protocol."""
 
@@ -88,6 +92,7 @@ class MembershipDriver:
         on_change: Callable[[MemberChanged], None],
         on_roster: Callable[[tuple[Member, ...]], None],
         on_fault: Callable[[PeerId, str], None] = _ignore_fault,
+        on_other_swarm: Callable[[Welcome, PeerId], None] = _ignore_other_swarm,
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         """Nothing happens before ``run``.
@@ -96,6 +101,7 @@ class MembershipDriver:
             on_change: told of every change for the user; must be quick and not raise.
             on_roster: told of every new roster, likewise.
             on_fault: told who broke the protocol, and how.
+            on_other_swarm: told of a swarm of the same terms that another peer knows or is in.
         """
         self.machine = machine
         self._genesis = genesis
@@ -103,6 +109,7 @@ class MembershipDriver:
         self._on_change = on_change
         self._on_roster = on_roster
         self._on_fault = on_fault
+        self._on_other_swarm = on_other_swarm
         self._clock = clock
         self._nursery: trio.Nursery | None = None
         self._early: list[MembershipEffect] = []
@@ -197,6 +204,8 @@ class MembershipDriver:
             return Mismatch(encode_terms(ours))
         if join.genesis == self._genesis.encode():
             self._apply(self.machine.received(join.record, sender, self._clock()))
+        elif join.record:  # not a newcomer's proposal: it is a member there
+            self._on_other_swarm(Welcome(join.genesis, join.record), sender)
         return Welcome(self._genesis.encode(), self.machine.statements())
 
     # --- applying effects ----------------------------------------------------------------------
@@ -277,12 +286,15 @@ class MembershipDriver:
                 return
 
     async def _register(self, effect: SyncWith) -> None:
-        """A bootstrap peer that does not know our swarm has been restarted: tell it again."""
+        """A bootstrap peer that does not know our swarm: it was restarted, or knows another."""
         genesis = self._genesis.encode()
         join = Join(encode_terms(self._genesis.terms), genesis, self.machine.record())
         answer = await self._ask(effect.peer, effect.addrs, join, effect.timeout)
-        if isinstance(answer, Welcome) and answer.genesis == genesis:
-            self._receive(answer.statements, effect.peer)
+        if isinstance(answer, Welcome):
+            if answer.genesis == genesis:
+                self._receive(answer.statements, effect.peer)
+            else:
+                self._on_other_swarm(answer, effect.peer)
 
     async def _ask(
         self, peer: PeerId, addrs: Sequence[str], question: Question, timeout: float

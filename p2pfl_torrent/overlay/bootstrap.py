@@ -21,6 +21,7 @@ from p2pfl_torrent.core.joining import (
     Sync,
     Welcome,
     answer_sync,
+    swarm_rank,
 )
 from p2pfl_torrent.core.peers import PeerId, Verify
 from p2pfl_torrent.core.statements import LEFT
@@ -96,10 +97,29 @@ class Registry:
                 return Refused("this bootstrap peer has as many swarms as it can hold")
         if swarm.genesis.terms != terms:
             return Mismatch(encode_terms(swarm.genesis.terms))
+        swarm = self._compared(join, swarm, sender)
         if join.genesis == swarm.genesis.encode():
             swarm.census.merge(join.record)
         self._note_contact(swarm, sender)
         return Welcome(swarm.genesis.encode(), swarm.census.missing_in(b""))
+
+    def _compared(self, join: Join, swarm: _Swarm, sender: PeerId) -> _Swarm:
+        """The swarm itself, or the one that its asker is in, if this one gives way to that."""
+        if not join.genesis or not join.record:
+            return swarm
+        other = decode_genesis(join.genesis)
+        if other.terms != swarm.genesis.terms:
+            raise RemoteProtocolError("a proposed genesis with other terms than asked for")
+        if other == swarm.genesis:
+            return swarm
+        census = Census(other.swarm_id, self._verify)
+        census.merge(join.record)
+        ours, theirs = swarm_rank(swarm.genesis, swarm.census), swarm_rank(other, census)
+        has_begun = not ours[0]
+        if has_begun or ours <= theirs:
+            return swarm
+        self._forget(swarm)
+        return self._remember(other)
 
     def _adopt(self, genesis: Genesis, old: _Swarm | None) -> _Swarm | None:
         if old is not None and old.genesis == genesis:
@@ -112,6 +132,9 @@ class Registry:
             if not over:
                 return None
             self._forget(min(over, key=lambda swarm: swarm.contact))
+        return self._remember(genesis)
+
+    def _remember(self, genesis: Genesis) -> _Swarm:
         swarm = _Swarm(genesis, Census(genesis.swarm_id, self._verify), self._clock())
         self._swarms[genesis.terms.name] = swarm
         self._by_id[genesis.swarm_id] = swarm

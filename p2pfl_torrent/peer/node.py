@@ -17,6 +17,7 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.genesis import Genesis, decode_genesis
+from p2pfl_torrent.core.joining import Welcome
 from p2pfl_torrent.core.manifest import Manifest, decode_manifest, max_wire_bytes
 from p2pfl_torrent.core.membership import Membership
 from p2pfl_torrent.core.membership_effects import Member
@@ -53,7 +54,15 @@ from p2pfl_torrent.overlay.stream import Stream
 from p2pfl_torrent.peer.adapters import HostDialer, StreamPort, open_stream
 from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.peer.feed import EventFeed
-from p2pfl_torrent.peer.network import HostNetwork, JoinError, find_swarm, parse_bootstrap
+from p2pfl_torrent.peer.network import (
+    HostNetwork,
+    JoinError,
+    Welcomed,
+    find_swarm,
+    founded,
+    parse_bootstrap,
+    read_welcome,
+)
 from p2pfl_torrent.peer.recording import recorded
 from p2pfl_torrent.peer.rounds import Merged, Rounds
 from p2pfl_torrent.peer.scoring import ImportanceScorer
@@ -96,6 +105,9 @@ class Node:
         self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")
         self._stack = ExitStack()
         self._is_open = False
+        self._followed: set[str] = set()  # gossip topics
+        self._better: Welcomed | None = None
+        self._waiting = trio.CancelScope()  # for the first members
         self._members: dict[PeerId, Member] = {}
         self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes]](
             MAX_QUEUED_GOSSIP
@@ -117,22 +129,40 @@ class Node:
         self.peer_id = self._identity.peer_id
         return self._identity
 
-    async def start(self, nursery: trio.Nursery, host: Host, gossip: Gossip) -> None:
-        """Find the swarm, take its state, and return when a round may be trained."""
-        self._nursery, self._host, self._gossip = nursery, host, gossip
+    async def find(self, host: Host, gossip: Gossip) -> Welcomed:
+        """Find the swarm, or found it."""
+        self._host, self._gossip = host, gossip
         self.addrs = tuple(self.config.network.announce) or host.addrs()
         if self._on_address is not None:
             for address in self.addrs:
                 self._on_address(address)
-        genesis, statements, via = await self._find_genesis()
+        proposed = self._kept_genesis() or Genesis(
+            self._terms, self.config.new_run_id(), self.peer_id, self._initial_hash.hex()
+        )
+        if not self.config.network.bootstrap or not self.config.bittorrent.enable:
+            return founded(proposed)
+        attempts = self.config.topology.max_connection_attempts
+        return await find_swarm(
+            host, self.config.network.bootstrap, self._terms, proposed, attempts
+        )
+
+    async def start(self, nursery: trio.Nursery, found: Welcomed) -> Welcomed | None:
+        """Enter the swarm, take its state, and return when a round may be trained.
+
+        Returns:
+            Another swarm of the same terms, where this one must give way to it before round 1;
+            nothing else may be done then but to cancel the nursery and ``give_way``.
+        """
+        self._nursery = nursery
+        genesis = found.genesis
         self._open_parts(genesis)
         self._serve()
         nursery.start_soon(self._publish)
         nursery.start_soon(self._follow_topics)
         await nursery.start(self._exchange.run)  # type: ignore[arg-type]  # trio's own protocol
         await nursery.start(self._run_members)  # type: ignore[arg-type]  # likewise
-        if via is not None:
-            self._driver.record_received(statements, via)
+        if found.via is not None:
+            self._driver.record_received(found.statements, found.via)
         self.feed.emit(
             Joined(genesis.swarm_id.hex(), PeerId(self.peer_id), 0, len(self._members) + 1)
         )
@@ -140,23 +170,38 @@ class Node:
         if not self.config.bittorrent.enable:
             self._begin_with_own_weights(genesis)
         elif not await self._enter_running():
-            await self._begin_with_others(genesis)
+            with trio.CancelScope() as self._waiting:
+                if self._better is None:
+                    await self._begin_with_others(genesis)
+            if self._better is not None and not self._rounds.round:
+                return self._better
         self._weights = None  # the checkpoint holds them from here on
+        return None
 
-    async def _find_genesis(self) -> tuple[Genesis, bytes, PeerId | None]:
-        proposed = self._kept_genesis() or Genesis(
-            self._terms, self.config.new_run_id(), self.peer_id, self._initial_hash.hex()
-        )
-        if not self.config.network.bootstrap or not self.config.bittorrent.enable:
-            return proposed, b"", None
-        welcomed = await find_swarm(
-            self._host,
-            self.config.network.bootstrap,
-            self._terms,
-            proposed,
-            self.config.topology.max_connection_attempts,
-        )
-        return welcomed.genesis, welcomed.statements, welcomed.via
+    def _other_swarm(self, welcome: Welcome, via: PeerId) -> None:
+        """Two swarms of our terms have begun; decide which goes on, as all do who learn of it."""
+        if self._rounds.round:
+            return
+        try:
+            other = read_welcome(welcome, via, self._terms)
+        except RemoteProtocolError as error:
+            self._fault(via, error.reason)
+            return
+        ours = Welcomed.of(self._genesis, self._driver.machine.census)
+        if not ours.begun and other.rank < ours.rank:
+            self._better = other
+            self._waiting.cancel()
+
+    async def give_way(self) -> None:
+        """Forget a swarm of which no round has begun, so that another can be entered."""
+        for topic in list(self._followed):
+            await self._gossip.unsubscribe(topic)
+        for peer in self._host.connected():
+            await self._host.disconnect(peer)
+        self._parts.close()
+        for path in self._dir.glob("chunks.sqlite*"):
+            path.unlink()
+        self._followed, self._members, self._topics, self._better = set(), {}, {}, None
 
     def _kept_genesis(self) -> Genesis | None:
         """The genesis of an earlier life in the same swarm, so that a restart finds itself."""
@@ -169,7 +214,8 @@ class Node:
     def _open_parts(self, genesis: Genesis) -> None:
         config, local = self.config, PeerId(self.peer_id)
         self._genesis, self._swarm_id = genesis, genesis.swarm_id
-        self._store = self._stack.enter_context(
+        self._parts = self._stack.enter_context(ExitStack())
+        self._store = self._parts.enter_context(
             Store(
                 self._dir,
                 self._layout,
@@ -224,6 +270,7 @@ class Node:
             on_change=self._member_changed,
             on_roster=self._roster_changed,
             on_fault=self._fault,
+            on_other_swarm=self._other_swarm,
         )
         catch_up = CatchUp(
             self._spec, self._swarm_id, genesis.terms.rounds.quorum, self._open_state
@@ -464,18 +511,22 @@ class Node:
 
     async def _follow_topics(self) -> None:
         """Follow the manifests, the members, and the availability of the neighbours."""
-        await self._gossip.subscribe(f"{self._prefix}/manifests", self._manifest_gossiped)
-        await self._gossip.subscribe(f"{self._prefix}/members", self._members_gossiped)
-        followed: set[PeerId] = set()
+        await self._follow(f"{self._prefix}/manifests", self._manifest_gossiped)
+        await self._follow(f"{self._prefix}/members", self._members_gossiped)
+        always = set(self._followed)
         while True:
-            wanted = dict(self._topics)
-            for peer in followed - wanted.keys():
-                await self._gossip.unsubscribe(f"{self._prefix}/have/{peer}")
-            for peer in wanted.keys() - followed:
-                await self._gossip.subscribe(wanted[peer], self._availability_gossiped)
-            followed = set(wanted)
+            wanted = set(self._topics.values()) | always
+            for topic in self._followed - wanted:
+                self._followed.remove(topic)
+                await self._gossip.unsubscribe(topic)
+            for topic in wanted - self._followed:
+                await self._follow(topic, self._availability_gossiped)
             await self._topics_changed.wait()
             self._topics_changed = trio.Event()
+
+    async def _follow(self, topic: str, on_message: Callable[[str, bytes], None]) -> None:
+        self._followed.add(topic)
+        await self._gossip.subscribe(topic, on_message)
 
     def _manifest_gossiped(self, origin: str, data: bytes) -> None:
         self._exchange.feed(ev.ManifestGossip(PeerId(origin), data))
@@ -600,15 +651,20 @@ async def _run(node: Node) -> AsyncIterator[None]:
         identity = node.open_identity()
         listen: Sequence[str] = node.config.network.listen
         async with open_host(identity, listen) as host, open_gossip(host) as gossip:
-            async with trio.open_nursery() as nursery:
-                try:
-                    await node.start(nursery, host, gossip)
-                    yield
-                    await node.finish()
-                except BaseException as error:  # noqa: BLE001 - raised again below, outside the
-                    failure = error  # nursery that would wrap it in a group
-                finally:
-                    nursery.cancel_scope.cancel()
+            better: Welcomed | None = await node.find(host, gossip)
+            while better is not None:
+                async with trio.open_nursery() as nursery:
+                    try:
+                        better = await node.start(nursery, better)
+                        if better is None:
+                            yield
+                            await node.finish()
+                    except BaseException as error:  # noqa: BLE001 - raised again below, outside
+                        failure, better = error, None  # the nursery that would wrap it in a group
+                    finally:
+                        nursery.cancel_scope.cancel()
+                if better is not None:
+                    await node.give_way()
             if failure is not None:
                 raise failure
     except BaseExceptionGroup as group:

@@ -105,6 +105,7 @@ class FakePeer:
         self.neighbours: frozenset[PeerId] = frozenset()
         self.changes: list[str] = []
         self.faults: list[str] = []
+        self.other_swarms: list[tuple[bytes, PeerId]] = []
         self._scope = trio.CancelScope()
         machine = Membership(
             local=peer,
@@ -124,6 +125,7 @@ class FakePeer:
             on_change=self._changed,
             on_roster=self._draw,
             on_fault=lambda by, reason: self.faults.append(f"{by}: {reason}"),
+            on_other_swarm=lambda told, by: self.other_swarms.append((told.genesis, by)),
         )
 
     @property

@@ -14,8 +14,9 @@ from p2pfl_torrent.core.genesis import encode_terms
 from p2pfl_torrent.core.joining import Join, Mismatch, Refused, Sync, Welcome
 from p2pfl_torrent.core.joining import Probe as Question
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.statements import encode_batch, sign_record
 from p2pfl_torrent.overlay.bootstrap import Registry
-from tests.core.member_network import verify
+from tests.core.member_network import sign_as, verify
 from tests.exchange.member_drivers import World, genesis, terms
 
 
@@ -136,3 +137,36 @@ async def test_another_swarms_member_is_refused_and_nonsense_is_blamed(
         assert len(peer.faults) == 1
         assert peer.faults[0].startswith("b: malformed")
         assert genesis("other").swarm_id != world.genesis.swarm_id
+
+
+async def test_a_member_of_another_swarm_of_the_same_terms_is_told_of_but_no_newcomer(
+    autojump_clock: MockClock,
+) -> None:
+    async with a_world("a") as world:
+        driver, other = world.peers[PeerId("a")].driver, genesis("another")
+        said = sign_record(PeerId("x"), other.swarm_id, 1, 0, 0, ["/memory/x"], sign_as("x"))
+        for record in (b"", encode_batch([said])):
+            question = Join(encode_terms(other.terms), other.encode(), record)
+            answer = driver.answer(question, PeerId("x"))
+            assert isinstance(answer, Welcome)
+            assert answer.genesis == world.genesis.encode()
+        assert world.peers[PeerId("a")].other_swarms == [(other.encode(), "x")]
+
+
+async def test_a_bootstrap_peer_that_knows_another_swarm_is_told_of(
+    autojump_clock: MockClock,
+) -> None:
+    async with a_world("abc") as world:
+        other = min((genesis(str(n)) for n in range(8)), key=lambda of: of.swarm_id)
+        assert other.swarm_id < world.genesis.swarm_id
+        world.registry = Registry(verify, trio.current_time)
+        said = sign_record(PeerId("x"), other.swarm_id, 1, 0, 0, ["/memory/x"], sign_as("x"))
+        join = Join(encode_terms(other.terms), other.encode(), b"")
+        world.registry.answer(join, PeerId("x"))
+        for _ in range(2):
+            join = Join(encode_terms(other.terms), other.encode(), encode_batch([said]))
+            world.registry.answer(join, PeerId("x"))
+        await trio.sleep(30)
+        for peer in world.peers.values():
+            assert (other.encode(), "bootstrap") in peer.other_swarms
+            assert peer.faults == []

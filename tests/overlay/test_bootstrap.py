@@ -73,6 +73,47 @@ def test_without_a_proposal_nothing_begins(registry: Registry) -> None:
     assert welcomed(join(registry, genesis("two"), B, propose=False)) == genesis("one").encode()
 
 
+def by_id(*swarms: Genesis) -> list[Genesis]:
+    return sorted(swarms, key=lambda of: of.swarm_id)
+
+
+def registered(registry: Registry, of: Genesis, peer: str) -> bytes:
+    """A member of a swarm tells of it; which one the registry knows then."""
+    question = Join(encode_terms(of.terms), of.encode(), record(peer, of))
+    return welcomed(registry.answer(question, PeerId(peer)))
+
+
+def test_of_two_swarms_that_have_not_begun_the_lower_goes_on(registry: Registry) -> None:
+    low, high = by_id(genesis("one"), genesis("two"))
+    registered(registry, high, "a")
+    registered(registry, high, "a")
+    assert registered(registry, low, "b") == low.encode()
+    assert registered(registry, high, "a") == low.encode()
+
+
+def test_a_swarm_that_nobody_entered_gives_way_to_any(registry: Registry) -> None:
+    low, high = by_id(genesis("one"), genesis("two"))
+    registry.answer(Join(encode_terms(low.terms), low.encode(), b""), A)
+    assert welcomed(join(registry, high, B, propose=False)) == low.encode()
+    assert registered(registry, high, "b") == high.encode()
+
+
+def test_a_swarm_that_has_begun_gives_way_to_none(registry: Registry) -> None:
+    low, high = by_id(genesis("one"), genesis("two"))
+    registered(registry, high, "a")
+    for member in "abc":  # client_num is 3
+        registered(registry, high, member)
+    assert registered(registry, low, "x") == high.encode()
+
+
+def test_a_proposal_without_a_member_displaces_nothing(registry: Registry) -> None:
+    low, high = by_id(genesis("one"), genesis("two"))
+    registered(registry, high, "a")
+    registered(registry, high, "a")
+    registry.answer(Join(encode_terms(low.terms), low.encode(), b""), B)
+    assert registered(registry, high, "a") == high.encode()
+
+
 def test_other_terms_under_a_living_name_are_a_mismatch(registry: Registry, clock: Clock) -> None:
     join(registry, genesis(total=5))
     clock.now = CONTACT_SECONDS - 1
