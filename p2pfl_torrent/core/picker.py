@@ -545,10 +545,10 @@ class Picker:
         holder = self._holders.get(peer)
         return holder.pipeline.rate or 0.0 if holder is not None else 0.0
 
-    def best_rate(self) -> float:
-        """The best measured rate of a holder; infinite while one of them is unmeasured."""
+    def total_rate(self) -> float:
+        """Measured rates of all holders, which may serve one chunk; infinite while one is not."""
         rates = (holder.pipeline.rate for holder in self._holders.values())
-        return max((math.inf if rate is None else rate for rate in rates), default=0.0)
+        return sum(math.inf if rate is None else rate for rate in rates)
 
     def least_unasked(self) -> int:
         """Bytes, at least, to ask for still until one more chunk is here; 0 where none is missing.

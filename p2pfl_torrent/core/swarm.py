@@ -520,17 +520,17 @@ class Swarm:
         return effects
 
     def _hopeless_from(self, now: float) -> float:
-        """From when on no chunk could come by the deadline, even if the best holder sped up.
+        """From when on no chunk could come by the deadline, even if all holders sped up for it.
 
         Long before that, a time at which to ask again.
         """
-        best = OPTIMISM * self.picker.best_rate()
-        if self.clock is None or self.clock.deadline is None or not best:
+        rate = OPTIMISM * self.picker.total_rate()
+        if self.clock is None or self.clock.deadline is None or not rate:
             return math.inf
-        ask_again = self.clock.deadline - self._largest_chunk / best
+        ask_again = self.clock.deadline - self._largest_chunk / rate
         if now < ask_again:
             return ask_again
-        return self.clock.deadline - self.picker.least_unasked() / best
+        return self.clock.deadline - self.picker.least_unasked() / rate
 
     def standing(self) -> Standing:
         """How far the current round is."""

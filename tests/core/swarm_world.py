@@ -280,6 +280,10 @@ class World:
         self._rearm(node)
         return effects
 
+    def tell(self, name: str, effect: ev.Effect) -> None:
+        """Let a peer do what its machine did not ask for."""
+        self._apply(self[name], effect)
+
     def run_until(self, condition: Callable[[], bool], limit: float = 300.0) -> None:
         """Let time pass until a condition holds; it must within ``limit`` seconds."""
         end = self.now + limit

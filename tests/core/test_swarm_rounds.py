@@ -8,6 +8,7 @@ import pytest
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import discount
+from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
@@ -366,6 +367,34 @@ def test_nobody_waits_for_chunks_that_cannot_come_by_the_deadline() -> None:
     world.begin(2)  # what is late is fetched all the same, for this round or the next
     world.run(1100.0)
     assert world.picture("a", 1)["b"] == "########"
+
+
+def test_several_slow_holders_together_may_bring_a_chunk_in_time() -> None:
+    """a hears of b's only chunk when seven others have it, each too slow for the whole of it."""
+    model = ModelSpec((TensorSpec("a", "F32", (8192,)),))  # 32 KiB; 2 kB/s a link
+    setup = terms(exchange_timeout=100.0)
+    world = World("abcdefghi", rate=2e3, model=model, chunks=1, block_size=1024, terms=setup)
+    world.play(1)
+    world.begin(2)
+    for name in "acdefghi":
+        world.publish(name, 2)
+    world.run(1.0)
+    clock = world["a"].swarm.clock
+    assert clock is not None
+    assert clock.deadline is not None
+    world.run(clock.deadline - 4.0 - world.now)
+    manifest = world.update("b", 2)
+    for name in "cdefghi":
+        swarm = world[name].swarm
+        swarm.ledger.see(manifest.signed)
+        known = swarm.ledger.add(manifest, Bitfield.full(1))
+        world[name].blocks[manifest.update, 0] = world["b"].blocks[manifest.update, 0]
+        for effect in swarm.serving.announce_update(known, with_manifest=True):
+            if isinstance(effect, ev.ToFetcher) and effect.peer == "a":
+                world.tell(name, effect)
+    world.run_until(lambda: 2 in world["a"].closed)
+    [count] = [c for c in world["a"].closed[2].counts if c.manifest.owner == "b"]
+    assert count.status == "complete"
 
 
 def test_a_member_that_may_still_publish_is_waited_for_all_the_same() -> None:
