@@ -49,8 +49,9 @@ class RoundReport:
     Attributes:
         round: the round that was closed.
         next_round: the round the model is now the start of; more than round + 1 after catching up.
-        closed_by: "complete", "settled" (nothing missing could still come), "deadline", "late"
-            (this peer missed the round and caught up) or "solo" (too few members; nothing merged).
+        closed_by: "complete", "settled" (no neighbour has anything that is missing), "deadline"
+            (the window is over, or no missing chunk could come before its end), "late" (this peer
+            missed the round and caught up) or "solo" (too few members; nothing merged).
         members: live members at the closing, this peer included.
         owners: one entry per update known, owners in canonical order, this peer's own included.
         completeness: verified bytes over announced bytes, own update excluded, 0-1.

@@ -179,7 +179,7 @@ class Node:
         return None
 
     def _other_swarm(self, welcome: Welcome, via: PeerId) -> None:
-        """Two swarms of our terms have begun; decide which goes on, as all do who learn of it."""
+        """Two swarms of our terms are known; decide which goes on, as all do who learn of it."""
         if self._rounds.round:
             return
         try:
