@@ -244,7 +244,7 @@ class CloseRound:
 
 @dataclass(frozen=True, slots=True)
 class MissedRound:
-    """Our update came after the round's deadline: it is published late; catch up."""
+    """The others are done with the round: our update is published late; catch up."""
 
     round: int
 

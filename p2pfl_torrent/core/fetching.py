@@ -163,6 +163,10 @@ class Fetching:
         cancels = self._picker.remove_update(update)
         return [ToHolder(request.peer, Cancel(request.number)) for request in cancels]
 
+    def look_ahead(self, on: bool) -> None:
+        """Whether manifests of later rounds are asked for too, if only for what they tell."""
+        self._wanted.look_ahead(on)
+
     def forget_wanted_before(self, round: int) -> None:
         """Manifests of rounds that can no longer matter are not asked for any more."""
         self._wanted.forget_before(round)

@@ -8,7 +8,7 @@ hostile, moves nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 
 from p2pfl_torrent.core.genesis import RoundTerms
@@ -24,6 +24,26 @@ class DeadlineChange:
 
     deadline: float
     why: str
+
+
+class Frontier:
+    """How far the other members are, as headers say that each has signed for itself.
+
+    Nobody publishes for a round before it has closed all earlier ones. So who hears of a round
+    after its next one has been left behind, and the others will not come back for it.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[PeerId, int] = {}
+
+    def seen(self, owner: PeerId, round: int) -> None:
+        """A checked header of a member."""
+        self._newest[owner] = max(round, self._newest.get(owner, 0))
+
+    def has_passed(self, round: int, others: Collection[PeerId], quorum: int) -> bool:
+        """Whether a quorum, or all others where those are fewer, are beyond the next round."""
+        beyond = sum(self._newest.get(peer, 0) > round + 1 for peer in others)
+        return 0 < min(quorum, len(others)) <= beyond
 
 
 class RoundClock:

@@ -47,7 +47,7 @@ from p2pfl_torrent.core.messages import (
 from p2pfl_torrent.core.peers import PeerId, Verify
 from p2pfl_torrent.core.picker import Picker, PickerPolicy
 from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
-from p2pfl_torrent.core.rounds import DeadlineChange, RoundClock
+from p2pfl_torrent.core.rounds import DeadlineChange, Frontier, RoundClock
 from p2pfl_torrent.core.serving import Serving, Upload, chunks_of
 from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
@@ -108,7 +108,9 @@ class Swarm:
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}
         self._absences = Absences()
+        self._frontier = Frontier()
         self._changed: set[UpdateId] = set()
+        self._left_behind = False  # the others had finished this round before its deadline here
         self._taken = 0  # the round whose start weights were last taken from another peer
         self._moved = True  # something happened by which the round may be over
         self._announced_at = 0.0
@@ -301,6 +303,9 @@ class Swarm:
     def _irrelevant(self, signed: SignedHeader) -> None:
         if signed.round < self._oldest_round():
             self._absences.came_too_late(signed.owner, signed.round)
+        elif signed.round > self.round and signed.owner in self._members:
+            self._frontier.seen(signed.owner, signed.round)
+            self._moved = True
 
     def _manifest(self, data: bytes, via: PeerId, now: float) -> list[Effect]:
         """A whole manifest from a peer: checked, remembered, and its chunks asked for."""
@@ -377,7 +382,9 @@ class Swarm:
         return effects
 
     def _round_begun(self, stimulus: ev.RoundBegun, now: float) -> list[Effect]:
-        left, self.round = self.round, stimulus.round
+        # Of a round that was left early nobody here knows what came in time for it.
+        left = self.round - self._left_behind
+        self.round, self._left_behind = stimulus.round, False
         self.phase = "training"
         self.clock = RoundClock(self.terms, self.round, now)
         if stimulus.caught_up:
@@ -396,6 +403,7 @@ class Swarm:
             if known.counted_in is not None:
                 effects.extend(self.fetching.stop(known.manifest.update))
         self.ledger.forget_rounds_before(self._oldest_round())
+        self.fetching.look_ahead(False)
         self.fetching.forget_wanted_before(self._oldest_round())
         for owner in self.ledger.publishers(self.round):
             self.clock.published(owner)
@@ -422,9 +430,11 @@ class Swarm:
         """Whether there are too few live members for an exchange."""
         return len(self.live) < self.terms.min_members
 
-    def missed(self, now: float) -> bool:
-        """Whether the round is over for the others: its deadline passed here."""
-        return self.clock is not None and self.clock.passed(now)
+    def _has_been_left(self) -> bool:
+        """Whether the others went on without this peer, more than one round ahead."""
+        assert self.clock is not None
+        others = self.live.keys() - {self.local}
+        return self._frontier.has_passed(self.round, others, self.clock.quorum(len(self.live)))
 
     def _update_ready(self, stimulus: ev.UpdateReady, now: float) -> list[Effect]:
         manifest = stimulus.manifest
@@ -432,7 +442,7 @@ class Swarm:
             raise LocalProtocolError(
                 f"an update for round {manifest.round} in the {self.phase} phase of {self.round}"
             )
-        missed = self.missed(now)
+        missed = self.clock.passed(now) or self._has_been_left()
         effects: list[Effect] = []
         if manifest.update not in self.ledger:
             self._see(manifest.signed)
@@ -447,10 +457,16 @@ class Swarm:
         self._changed.add(manifest.update)
         self._settling_since = now
         if missed:
-            self.phase = "closed"
-            return [*effects, ev.MissedRound(self.round)]
+            return [*effects, self._miss(now)]
         self.phase = "exchanging"
+        self.fetching.look_ahead(True)
         return effects + self._ask(now)
+
+    def _miss(self, now: float) -> Effect:
+        assert self.clock is not None
+        self.phase = "closed"
+        self._left_behind = not self.clock.passed(now)
+        return ev.MissedRound(self.round)
 
     @staticmethod
     def _gossip_form(manifest: Manifest) -> bytes:
@@ -505,6 +521,8 @@ class Swarm:
         if self.phase != "exchanging" or not (self._moved or settled or clock.passed(now)):
             return effects
         self._moved = False
+        if self._has_been_left():
+            return [*effects, self._miss(now)]
         state = self.standing()
         if not state.waiting_for and not state.lacking:
             return [*effects, *self._close("complete", state)]

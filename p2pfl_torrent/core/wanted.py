@@ -32,6 +32,7 @@ class _Entry:
     round: int | None
     offers: dict[PeerId, Offer] = field(default_factory=dict)
     seen: bool = False  # its signed header, so that it exists
+    came_early: bool = False  # it was here before its time, and is of no more use until then
     asked: PeerId | None = None
     asked_at: float = 0.0
     queued: int = 0  # peers in whose queue it waits
@@ -47,6 +48,7 @@ class Wanted:
     def __init__(self, num_chunks: int) -> None:
         self._num_chunks = num_chunks
         self._newest = 0
+        self._looks_ahead = False
         self._entries: dict[UpdateId, _Entry] = {}
         self._offered: Counter[PeerId] = Counter()
         self._open: Counter[PeerId] = Counter()
@@ -66,7 +68,7 @@ class Wanted:
         """Of what round one that was offered is: it is asked for (again) in that round."""
         entry = self._entries.get(update)
         if entry is not None:
-            entry.round = round
+            entry.round, entry.came_early = round, True
             self._take_back(update, entry)
             self._place(update, entry)
 
@@ -135,6 +137,13 @@ class Wanted:
             if entry.round is None or entry.round < round:
                 self.found(update)
 
+    def look_ahead(self, on: bool) -> None:
+        """Whether to ask for those of later rounds too, once: to see how far their owners are."""
+        if on != self._looks_ahead:
+            self._looks_ahead = on
+            for update, entry in self._entries.items():
+                self._place(update, entry)
+
     def ask(self, now: float, newest: int) -> list[tuple[PeerId, UpdateId]]:
         """(peer, update) to ask for now; those of rounds after ``newest`` wait for their time."""
         if newest > self._newest:
@@ -185,7 +194,11 @@ class Wanted:
 
     def _place(self, update: UpdateId, entry: _Entry) -> None:
         """Queue it where it is offered, if it is neither queued nor asked for and in its time."""
-        in_time = entry.round is None or entry.round <= self._newest
+        in_time = (
+            entry.round is None
+            or entry.round <= self._newest
+            or (self._looks_ahead and not entry.came_early)
+        )
         if in_time and entry.asked is None and not entry.queued:
             for peer in entry.offers:
                 self._queue(peer, update, entry)

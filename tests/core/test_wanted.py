@@ -122,3 +122,17 @@ def test_the_asked_are_spread_over_those_who_offer() -> None:
             wanted.offer(peer, numbered(number), 1, [0], 0)
     asked = [peer for peer, _ in wanted.ask(0.0, 2)]
     assert asked.count(A) == asked.count(B) == 5
+
+
+def test_looking_ahead_asks_once_for_what_is_to_come_and_again_in_its_time() -> None:
+    wanted = Wanted(8)
+    wanted.offer(A, U, 7, [0], 0)
+    assert wanted.ask(0.0, 2) == []
+    wanted.look_ahead(True)
+    assert wanted.ask(0.0, 2) == [(A, U)]
+    wanted.dated(U, 7)
+    wanted.offer(B, U, 7, [1], 0)
+    assert wanted.ask(1.0, 2) == []
+    wanted.look_ahead(False)
+    assert wanted.ask(1.0, 6) == []
+    assert wanted.ask(1.0, 7) == [(A, U)]
