@@ -11,12 +11,14 @@ import difflib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.genesis import TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 MESH_WINDOW = (
     8  # places on a hash ring searched for the last edges: enough to find one nearly always
@@ -42,10 +44,8 @@ def neighbours(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> Nei
     build = _BUILDERS.get(terms.type)
     if build is None:
         raise ConfigError(_unknown_type(terms.type))
-    graph = nx.Graph()
-    graph.add_nodes_from(roster)
-    graph.add_edges_from(build(roster, terms, seed))
-    return {peer: frozenset(graph.adj[peer]) for peer in roster}
+    graph = _Graph(roster, build(roster, terms, seed))
+    return {peer: frozenset(graph.adjacent[peer]) for peer in roster}
 
 
 def validate(terms: TopologyTerms, client_num: int) -> None:
@@ -85,12 +85,48 @@ def validate(terms: TopologyTerms, client_num: int) -> None:
 
 def to_networkx(overlay: Mapping[PeerId, Iterable[PeerId]]) -> nx.Graph:
     """The overlay as an undirected graph, to check or to draw."""
+    # Only here: it takes 11 MB, and a peer needs no more of a graph than `_Graph`.
+    import networkx as nx
+
     return nx.Graph({peer: sorted(others) for peer, others in overlay.items()})
 
 
 # --- the topologies --------------------------------------------------------------------------
 
 _Edge = tuple[PeerId, PeerId]
+
+
+class _Graph:
+    """An undirected graph without self loops."""
+
+    def __init__(self, members: Iterable[PeerId], edges: Iterable[_Edge] = ()) -> None:
+        self.adjacent: dict[PeerId, set[PeerId]] = {peer: set() for peer in members}
+        for a, b in edges:
+            self.connect(a, b)
+
+    def connect(self, a: PeerId, b: PeerId) -> None:
+        self.adjacent[a].add(b)
+        self.adjacent[b].add(a)
+
+    def degree(self, peer: PeerId) -> int:
+        return len(self.adjacent[peer])
+
+    def edges(self) -> list[_Edge]:
+        return [(a, b) for a, others in self.adjacent.items() for b in others if a < b]
+
+    def parts(self) -> list[set[PeerId]]:
+        """The connected components."""
+        parts: list[set[PeerId]] = []
+        left = set(self.adjacent)
+        while left:
+            part: set[PeerId] = set()
+            reached = {left.pop()}
+            while reached:
+                part |= reached
+                reached = set().union(*(self.adjacent[peer] for peer in reached)) - part
+            parts.append(part)
+            left -= part
+        return parts
 
 
 def _star(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Edge]:
@@ -147,23 +183,20 @@ def _mesh(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_Ed
     connections = max(2, terms.connections)  # below 2 nothing larger than a pair is connected
     if len(roster) <= connections + 1:
         return _full(roster, terms, seed)
-    graph = nx.Graph()
-    for turn in range(connections // 2):
-        ring = _hash_ring(roster, seed, f"mesh {turn}")
-        graph.add_edges_from(_around(ring))
+    rings = [_hash_ring(roster, seed, f"mesh {turn}") for turn in range(connections // 2)]
+    graph = _Graph(roster, itertools.chain.from_iterable(map(_around, rings)))
     ring = _hash_ring(roster, seed, "mesh last")
     window = min(max(MESH_WINDOW, connections), len(ring) - 1)
     pairs = {
         frozenset((ring[i], ring[(i + step) % len(ring)]))
         for i in range(len(ring))
         for step in range(1, window + 1)
-        if max(graph.degree[ring[i]], graph.degree[ring[(i + step) % len(ring)]]) < connections
+        if max(graph.degree(ring[i]), graph.degree(ring[(i + step) % len(ring)])) < connections
     }
-    ordered = [(_pair_rank(seed, *sorted(pair)), *sorted(pair)) for pair in pairs]
-    for _, a, b in sorted(ordered):
-        if max(graph.degree[a], graph.degree[b]) < connections:
-            graph.add_edge(a, b)  # those that are neighbours already stay as they are
-    return list(graph.edges)
+    for a, b in sorted(map(sorted, pairs), key=lambda pair: _pair_rank(seed, *pair)):
+        if max(graph.degree(a), graph.degree(b)) < connections:
+            graph.connect(a, b)  # those that are neighbours already stay as they are
+    return graph.edges()
 
 
 def _pair_rank(seed: int, a: PeerId, b: PeerId) -> bytes:
@@ -174,28 +207,27 @@ def _custom(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> list[_
     """The user's graph among those of its members that are here, mended where it falls apart."""
     numbered = [PeerId(member) for member in terms.members] or list(roster)
     here = set(roster)
-    graph = nx.Graph()
-    graph.add_nodes_from(roster)
+    graph = _Graph(roster)
     for position, others in terms.custom_graph:
         for other in others:
             if max(position, other) <= len(numbered) and min(position, other) >= 1:
                 a, b = numbered[position - 1], numbered[other - 1]
                 if a != b and a in here and b in here:
-                    graph.add_edge(a, b)
+                    graph.connect(a, b)
     _connect(graph, lambda peer: drawn(seed, peer, "repair"))
-    return list(graph.edges)
+    return graph.edges()
 
 
-def _connect(graph: nx.Graph, rank: Callable[[PeerId], bytes]) -> None:
+def _connect(graph: _Graph, rank: Callable[[PeerId], bytes]) -> None:
     """Chain the parts of a graph, each by its members with the fewest edges."""
     parts = sorted(
-        (sorted(part, key=rank) for part in nx.connected_components(graph)),
+        (sorted(part, key=rank) for part in graph.parts()),
         key=lambda part: rank(part[0]),
     )
     for part, following in itertools.pairwise(parts):
-        a = min(part, key=lambda peer: (graph.degree[peer], rank(peer)))
-        b = min(following, key=lambda peer: (graph.degree[peer], rank(peer)))
-        graph.add_edge(a, b)
+        a = min(part, key=lambda peer: (graph.degree(peer), rank(peer)))
+        b = min(following, key=lambda peer: (graph.degree(peer), rank(peer)))
+        graph.connect(a, b)
 
 
 _BUILDERS: dict[str, Callable[[Sequence[PeerId], TopologyTerms, int], list[_Edge]]] = {
