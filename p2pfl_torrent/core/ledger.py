@@ -143,6 +143,14 @@ class Ledger:
         for chunk in chunks:
             self._merged[known.manifest.owner, chunk] = round
 
+    def counted_before(self, round: int) -> dict[UpdateId, int]:
+        """What went into which earlier aggregate, made here or taken over."""
+        return {
+            update: known.counted_in
+            for update, known in self._updates.items()
+            if known.counted_in is not None and known.counted_in < round
+        }
+
     def restore_counted(self, counted: Mapping[UpdateId, int]) -> None:
         """After a restart: what went into which aggregate before."""
         for update, round in counted.items():

@@ -335,7 +335,7 @@ class Node:
         last = self._store.last_round()
         if last is not None and last[0] + 1 >= furthest and self._is_sound(last, furthest):
             self._driver.set_ready(last[0] + 1)
-            self._rounds.resume(last[0] + 1, last[1], caught_up=False)
+            self._rounds.resume(last[0] + 1, last[1])
             return True
         if furthest == 0:
             return False
@@ -347,7 +347,7 @@ class Node:
                 f"{patience:g} s; try again, or enter through another member."
             )
         self._driver.set_ready(taken.round + 1)
-        self._rounds.begin(taken.round, taken.arrays, taken.base_hash, caught_up=True)
+        self._rounds.take_over(taken)
         return True
 
     def _is_sound(self, last: tuple[int, bytes], furthest: int) -> bool:
@@ -367,7 +367,7 @@ class Node:
     def _begin_with_own_weights(self, genesis: Genesis) -> None:
         assert self._weights is not None
         self._driver.set_ready(1)
-        self._rounds.begin(1, self._weights, self._initial_hash, caught_up=False)
+        self._rounds.begin(1, self._weights, self._initial_hash)
 
     async def _begin_with_others(self, genesis: Genesis) -> None:
         """Wait for the first members, agree on the start weights, and begin round 1."""
@@ -386,7 +386,7 @@ class Node:
             )
         with trio.move_on_after(self.config.topology.timeout):
             await self._exchange.until(self._edges_open)
-        self._rounds.resume(1, initial, caught_up=False)
+        self._rounds.resume(1, initial)
 
     async def _initial_weights(self, initial: bytes) -> dict[str, Array]:
         """Our own start weights where they are the swarm's, else some member's."""

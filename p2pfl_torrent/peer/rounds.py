@@ -19,11 +19,12 @@ from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import OwnerReport, RoundReport, RoundStarted
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, bfloat16_to_float32, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
-from p2pfl_torrent.peer.catchup import CatchUp
+from p2pfl_torrent.peer.catchup import CatchUp, Taken
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
 
+TAKEN = "late"  # how a round was closed whose aggregate is another peer's
 KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
 
 
@@ -79,13 +80,34 @@ class Rounds:
 
     # --- beginning ---------------------------------------------------------------------------
 
-    def begin(self, round: int, arrays: Arrays, base_hash: bytes, *, caught_up: bool) -> None:
-        """A round's start weights were taken over: keep them, and begin the round."""
+    def begin(self, round: int, arrays: Arrays, base_hash: bytes) -> None:
+        """Begin a round from weights that are this peer's own alone."""
         self._checkpoints.save(round - 1, arrays)
-        self.resume(round, base_hash, caught_up=caught_up)
+        self._begin(round, base_hash, caught_up=False)
 
-    def resume(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
-        """Begin a round whose start weights are in the checkpoint of the round before.
+    def take_over(self, taken: Taken) -> None:
+        """Begin a round from the state of another peer.
+
+        The round before is finished by that, so that a restart goes on from here; and what the
+        state is known to hold is recorded, so that it is counted no second time then.
+        """
+        before = taken.round - 1
+        self._checkpoints.save(before, taken.arrays)
+        self._store.finish_round(before, TAKEN, taken.base_hash, b"{}", ())
+        self._begin(taken.round, taken.base_hash, caught_up=True)
+        self._note_taken()
+
+    def _note_taken(self) -> None:
+        """Record what earlier aggregates hold, also those that were made by others."""
+        counted = self._exchange.swarm.ledger.counted_before(self.round)
+        self._store.note_counted(counted)
+
+    def resume(self, round: int, base_hash: bytes) -> None:
+        """Begin a round whose start weights are in the checkpoint of the round before."""
+        self._begin(round, base_hash, caught_up=self._store.closed_by(round - 1) == TAKEN)
+
+    def _begin(self, round: int, base_hash: bytes, *, caught_up: bool) -> None:
+        """Begin a round, or what comes after all of them.
 
         After the last round there is none to train: its aggregate is only served to others.
         """
@@ -231,6 +253,7 @@ class Rounds:
             metrics=dict(metrics),
         )
         self._checkpoints.save(self.round, out)
+        self._note_taken()
         self._store.finish_round(
             self.round,
             close.closed_by,
@@ -238,7 +261,7 @@ class Rounds:
             msgspec.json.encode(report),
             [count.manifest.update for count in close.counts],
         )
-        self.resume(self.round + 1, new_hash, caught_up=False)
+        self.resume(self.round + 1, new_hash)
         return Merged(out, report)
 
     async def _missed(
@@ -251,11 +274,11 @@ class Rounds:
         taken = await self._catch_up.take(lambda: members, missed + 1, patience)
         if taken is None:
             return None
-        self.begin(taken.round, taken.arrays, taken.base_hash, caught_up=True)
+        self.take_over(taken)
         report = RoundReport(
             round=missed,
             next_round=taken.round,
-            closed_by="late",
+            closed_by=TAKEN,
             members=len(self._exchange.swarm.live),
             owners=(),
             completeness=0.0,
@@ -280,7 +303,7 @@ class Rounds:
         round, base_hash = self.round, self.base_hash
         if not self._enabled:
             base_hash = model_hash(self._layout.spec, arrays)
-            self.begin(round + 1, arrays, base_hash, caught_up=False)
+            self.begin(round + 1, arrays, base_hash)
         report = RoundReport(
             round=round,
             next_round=self.round,

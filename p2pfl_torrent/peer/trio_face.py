@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any
@@ -82,7 +82,7 @@ class AsyncPeer:
         """Multiaddrs under which this peer can be reached, for others' ``network.bootstrap``."""
         return self._node.addrs
 
-    async def rounds(self) -> AsyncIterator[int]:
+    async def rounds(self) -> AsyncGenerator[int, None]:
         """The rounds to train, until the last; call ``exchange`` once for each."""
         while self._node.round <= self._node.total_rounds:
             yield self._node.round

@@ -13,7 +13,7 @@ import hashlib
 import os
 import sqlite3
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -305,6 +305,18 @@ class Store:
                 "INSERT OR REPLACE INTO counted VALUES (?, ?)",
                 [(update, round) for update in counted],
             )
+
+    def note_counted(self, counted: Mapping[UpdateId, int]) -> None:
+        """Record updates that a state taken from another peer holds, by the round of each."""
+        with self._recording():
+            self._db.executemany("INSERT OR REPLACE INTO counted VALUES (?, ?)", counted.items())
+
+    def closed_by(self, round: int) -> str | None:
+        """How a finished round ended, as ``finish_round`` was told; None if it is not finished."""
+        row: tuple[str] | None = self._db.execute(
+            "SELECT closed_by FROM rounds WHERE round = ?", (round,)
+        ).fetchone()
+        return row[0] if row is not None else None
 
     def last_round(self) -> tuple[int, bytes] | None:
         """(round, model hash) of the last finished round."""

@@ -87,3 +87,12 @@ def test_publishers_are_known_by_their_headers() -> None:
     made.see(update(2, "b").signed)
     assert made.publishers(1) == {"a", "b"}
     assert made.publishers(2) == {"b"}
+
+
+def test_what_earlier_aggregates_hold() -> None:
+    first, second, third = update(1), update(1, "b"), update(2)
+    made = ledger((first, "#########"), (second, "#########"), (third, "#########"))
+    made.count(first.update, [], 1)
+    made.count(third.update, [], 2)
+    assert made.counted_before(2) == {first.update: 1}
+    assert made.counted_before(3) == {first.update: 1, third.update: 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +65,8 @@ class Member:
 
     async def take_part(self, before_exchange: BeforeExchange) -> None:
         """Join; train and exchange every round; leave."""
-        async with self.peer as peer:
-            async for round in peer.rounds():
+        async with self.peer as peer, aclosing(peer.rounds()) as rounds:
+            async for round in rounds:
                 self._train(round)
                 await before_exchange(self, round)
                 self.reports.append(await peer.exchange(num_samples=self.num_samples))
@@ -107,7 +107,7 @@ async def swarm(
         for number in range(1, count + 1):
             address = list(members[0].peer.addrs) if members else []
             state_dir = "" if state_dirs is None else str(state_dirs / str(number))
-            members.append(Member(_config(count, address, state_dir, sections), number))
+            members.append(Member(config(count, address, state_dir, sections), number))
             nursery.start_soon(members[-1].take_part, before_exchange)
             if number == 1:
                 await until(lambda: bool(members[0].peer.addrs))
@@ -125,7 +125,7 @@ def identities(state_dirs: Path, count: int) -> list[PeerId]:
     return found
 
 
-def _config(
+def config(
     count: int, bootstrap: list[str], state_dir: str, sections: dict[str, dict[str, Any]]
 ) -> PeerConfig:
     mapping: dict[str, dict[str, Any]] = {
