@@ -114,6 +114,11 @@ class UpdateReady:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseLate:
+    """Nobody else went on from the round that this peer missed: close it with what is here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -131,6 +136,7 @@ Stimulus = (
     | RoundBegun
     | Restored
     | UpdateReady
+    | CloseLate
     | Tick
 )
 

@@ -2,7 +2,8 @@
 
 Fed with what happened (``events`` stimuli) and the time, it answers with what to do (effects). A
 round at this machine is ``training`` until the own update is ready, ``exchanging`` until it is
-closed, then ``closed`` until the shell has averaged and says that the next one begins.
+closed, then ``closed`` until the shell has averaged and says that the next one begins; or it is
+``missed`` until the shell has caught up with the others.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class Swarm:
             ev.RoundBegun: self._round_begun,
             ev.Restored: self._restored,
             ev.UpdateReady: self._update_ready,
+            ev.CloseLate: self._close_late,
             ev.Tick: self._tick,
         }
 
@@ -464,7 +466,7 @@ class Swarm:
 
     def _miss(self, now: float) -> Effect:
         assert self.clock is not None
-        self.phase = "closed"
+        self.phase = "missed"
         self._left_behind = not self.clock.passed(now)
         return ev.MissedRound(self.round)
 
@@ -511,7 +513,7 @@ class Swarm:
     def _judge(self, now: float) -> list[Effect]:
         """Open, extend or close the round where it is time."""
         clock = self.clock
-        if clock is None or self.phase == "closed":
+        if clock is None or self.phase in ("missed", "closed"):
             return []
         effects: list[Effect] = []
         change = clock.advance(self.live.keys(), now)
@@ -621,14 +623,10 @@ class Swarm:
         )
         return [*effects, Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
 
-    def close_late(self) -> ev.CloseRound:
-        """Close a round that this peer missed when it turns out that nobody else went on."""
-        if self.phase != "closed" or self.clock is None:
-            raise LocalProtocolError(f"close_late in the {self.phase} phase")
-        for effect in self._close("deadline", self.standing()):
-            if isinstance(effect, ev.CloseRound):
-                return effect
-        raise AssertionError("a closing always holds its CloseRound")
+    def _close_late(self, stimulus: ev.CloseLate, now: float) -> list[Effect]:
+        if self.phase != "missed":
+            raise LocalProtocolError(f"CloseLate in the {self.phase} phase")
+        return self._close("deadline", self.standing())
 
     # --- the writer's questions --------------------------------------------------------------
 

@@ -156,7 +156,9 @@ class Rounds:
             if merged is not None:
                 return merged
             # Nobody has gone on: the others may be gone. What is here is still worth averaging.
-            outcome = swarm.close_late()
+            self._exchange.feed(ev.CloseLate())
+            outcome = await self._exchange.outcome()
+            assert isinstance(outcome, ev.CloseRound)
         return await self._merge(outcome, metrics, began, closed, before)
 
     def _own_manifest(self) -> Manifest | None:
