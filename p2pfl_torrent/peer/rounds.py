@@ -44,6 +44,23 @@ class Merged:
     report: RoundReport
 
 
+@dataclass(slots=True)
+class _Underway:
+    """The exchange of one round since its update was published; it outlives a cancelled call.
+
+    Attributes:
+        began: trio's time when the user called.
+        duplicate, uploaded: the swarm's bytes so far when it began.
+        outcome: how it ended, once it has, and when that was.
+    """
+
+    began: float
+    duplicate: int
+    uploaded: int
+    outcome: ev.CloseRound | ev.MissedRound | None = None
+    closed: float = 0.0
+
+
 class Rounds:
     """Carries a model from round to round."""
 
@@ -77,6 +94,8 @@ class Rounds:
         self._scorer = scorer
         self._feed = feed
         self._enabled = enabled
+        self._is_called = False
+        self._underway: _Underway | None = None
 
     # --- beginning ---------------------------------------------------------------------------
 
@@ -112,7 +131,7 @@ class Rounds:
         After the last round there is none to train: its aggregate is only served to others.
         """
         is_to_train = round <= self._genesis.terms.rounds.total
-        self.round, self.base_hash = round, base_hash
+        self.round, self.base_hash, self._underway = round, base_hash, None
         self.phase = "training" if is_to_train else "seeding"
         forgotten = tuple(self._store.prune(round))
         self._checkpoints.prune(KEPT_CHECKPOINTS)
@@ -132,34 +151,60 @@ class Rounds:
             arrays: the trained weights; read before this returns, never changed.
             began: trio's time when the user called.
 
+        Where an earlier call for this round was cancelled after its update was published, this one
+        goes on with that exchange: who published two for one round would be left out of it.
+
         Raises:
-            UpdateError: the update cannot be shared.
+            UpdateError: the update cannot be shared, or an exchange is under way.
         """
+        if self._is_called:
+            raise UpdateError(
+                f"exchange was called while the exchange of round {self.round} is under way: await "
+                "that call first."
+            )
+        self._is_called = True
+        try:
+            if self._underway is None:
+                self._underway = await self._publish_update(arrays, num_samples, began)
+            if self._underway is None:
+                return self._solo(arrays, metrics, began)
+            return await self._finish(self._underway, metrics)
+        finally:
+            self._is_called = False
+
+    async def _publish_update(
+        self, arrays: Arrays, num_samples: int, began: float
+    ) -> _Underway | None:
+        """Begin the exchange; None where there are too few members for one."""
         bound = self._genesis.terms.rounds.max_num_samples
         if not 1 <= num_samples <= bound:
             raise UpdateError(
                 f"num_samples is {num_samples}: it must be 1 to {bound} (federate.max_num_samples)."
             )
         await trio.to_thread.run_sync(_check_finite, self._layout, arrays)
-        if self._exchange.swarm.solo:
-            return self._solo(arrays, metrics, began)
         swarm = self._exchange.swarm
-        before = (swarm.fetching.bytes_duplicate, swarm.serving.bytes_uploaded)
+        if swarm.solo:
+            return None
+        underway = _Underway(began, swarm.fetching.bytes_duplicate, swarm.serving.bytes_uploaded)
         manifest = self._own_manifest() or await self._publish(arrays, num_samples)
         self.phase = "exchanging"
         self._exchange.feed(ev.UpdateReady(manifest))
-        outcome = await self._exchange.outcome()
-        closed = trio.current_time()
-        self.phase = "aggregating"
-        if isinstance(outcome, ev.MissedRound):
-            merged = await self._missed(metrics, began, closed)
+        return underway
+
+    async def _finish(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged:
+        if underway.outcome is None:
+            underway.outcome = await self._exchange.outcome()
+            underway.closed = trio.current_time()
+            self.phase = "aggregating"
+        if isinstance(underway.outcome, ev.MissedRound):
+            merged = await self._missed(underway, metrics)
             if merged is not None:
                 return merged
             # Nobody has gone on: the others may be gone. What is here is still worth averaging.
             self._exchange.feed(ev.CloseLate())
-            outcome = await self._exchange.outcome()
-            assert isinstance(outcome, ev.CloseRound)
-        return await self._merge(outcome, metrics, began, closed, before)
+            underway.outcome = await self._exchange.outcome()
+            assert isinstance(underway.outcome, ev.CloseRound)
+        return await self._merge(underway.outcome, underway, metrics)
 
     def _own_manifest(self) -> Manifest | None:
         """Our update of this round from before a restart: a second one would be equivocation."""
@@ -194,10 +239,14 @@ class Rounds:
             sign=self._sign,
         )
         self._store.put_manifest(manifest)
-        for index in range(len(layout.chunks)):
-            data = await trio.to_thread.run_sync(encode_chunk, layout, index, arrays)
-            self._store.write(manifest.update, index, 0, data)
-            self._store.complete_chunk(manifest.update, index, self._local)
+        try:
+            for index in range(len(layout.chunks)):
+                data = await trio.to_thread.run_sync(encode_chunk, layout, index, arrays)
+                self._store.write(manifest.update, index, 0, data)
+                self._store.complete_chunk(manifest.update, index, self._local)
+        except BaseException:
+            self._store.forget([manifest.update])  # nobody knows of it, and there may be another
+            raise
         return manifest
 
     def _last_delivered(self) -> LastDelivered:
@@ -216,10 +265,8 @@ class Rounds:
     async def _merge(
         self,
         close: ev.CloseRound,
+        underway: _Underway,
         metrics: Mapping[str, float],
-        began: float,
-        closed: float,
-        before: tuple[int, int],
     ) -> Merged:
         start = self._checkpoints.load(self.round - 1)
         out = {
@@ -243,11 +290,11 @@ class Rounds:
             owners=_owners(close, self._layout, {refused.owner for refused in result.refused}),
             completeness=close.completeness,
             bytes_payload=received,
-            bytes_duplicate=swarm.fetching.bytes_duplicate - before[0],
-            bytes_uploaded=swarm.serving.bytes_uploaded - before[1],
-            seconds=trio.current_time() - began,
-            exchange_seconds=closed - began,
-            aggregate_seconds=trio.current_time() - closed,
+            bytes_duplicate=swarm.fetching.bytes_duplicate - underway.duplicate,
+            bytes_uploaded=swarm.serving.bytes_uploaded - underway.uploaded,
+            seconds=trio.current_time() - underway.began,
+            exchange_seconds=underway.closed - underway.began,
+            aggregate_seconds=trio.current_time() - underway.closed,
             model_hash=new_hash.hex(),
             agreement=self._agreement(),
             extended=close.extended,
@@ -266,9 +313,7 @@ class Rounds:
         self.resume(self.round + 1, new_hash)
         return Merged(out, report)
 
-    async def _missed(
-        self, metrics: Mapping[str, float], began: float, closed: float
-    ) -> Merged | None:
+    async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:
         """The round went on without us: take over the state that the others go on from."""
         members = sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
         patience = self._genesis.terms.rounds.exchange_timeout
@@ -287,9 +332,9 @@ class Rounds:
             bytes_payload=0,
             bytes_duplicate=0,
             bytes_uploaded=0,
-            seconds=trio.current_time() - began,
-            exchange_seconds=closed - began,
-            aggregate_seconds=trio.current_time() - closed,
+            seconds=trio.current_time() - underway.began,
+            exchange_seconds=underway.closed - underway.began,
+            aggregate_seconds=trio.current_time() - underway.closed,
             model_hash=taken.base_hash.hex(),
             late=True,
             attested=taken.attested,

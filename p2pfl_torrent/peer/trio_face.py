@@ -90,7 +90,11 @@ class AsyncPeer:
     async def exchange(
         self, num_samples: int, metrics: Mapping[str, float] | None = None
     ) -> RoundReport:
-        """Share the model's weights and replace them by the swarm's aggregate. As ``Peer``."""
+        """Share the model's weights and replace them by the swarm's aggregate. As ``Peer``.
+
+        A call that was cancelled may be repeated: it goes on with the exchange of the same round,
+        with the update that was published.
+        """
         before = self._model.score()
         merged = await self._node.exchange(self._model.arrays(), num_samples, metrics or {})
         report = self._model.merged(merged.arrays, merged.report, before)
