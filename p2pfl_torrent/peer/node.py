@@ -16,7 +16,7 @@ from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
-from p2pfl_torrent.core.genesis import Genesis, decode_genesis
+from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.joining import Welcome
 from p2pfl_torrent.core.manifest import Manifest, decode_manifest, max_wire_bytes
 from p2pfl_torrent.core.membership import Membership
@@ -70,7 +70,7 @@ from p2pfl_torrent.peer.snapshot import take_statistics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
 from p2pfl_torrent.protocols import members as members_protocol
 from p2pfl_torrent.protocols import state as state_protocol
-from p2pfl_torrent.store import Checkpoints, Store, StoreError
+from p2pfl_torrent.store import Checkpoints, Store, StoreError, keep_genesis, load_genesis
 
 MAX_QUEUED_GOSSIP = 64  # publications waiting; more are dropped, the edges repair
 PAUSE = 0.2  # seconds between two looks at who is there while joining
@@ -121,7 +121,7 @@ class Node:
         """This peer's key, from its state directory or made for this run."""
         if self.config.storage.state_dir:
             self._dir = Path(self.config.storage.state_dir)
-            self._dir.mkdir(parents=True, exist_ok=True)
+            _make_directory(self._dir)
         else:
             temporary = tempfile.TemporaryDirectory(prefix="p2pfl-torrent-")
             self._dir = Path(self._stack.enter_context(temporary))
@@ -205,11 +205,8 @@ class Node:
 
     def _kept_genesis(self) -> Genesis | None:
         """The genesis of an earlier life in the same swarm, so that a restart finds itself."""
-        try:
-            genesis = decode_genesis((self._dir / "genesis.json").read_bytes())
-        except (OSError, RemoteProtocolError):
-            return None
-        return genesis if genesis.terms == self._terms else None
+        genesis = load_genesis(self._dir)
+        return genesis if genesis is not None and genesis.terms == self._terms else None
 
     def _open_parts(self, genesis: Genesis) -> None:
         config, local = self.config, PeerId(self.peer_id)
@@ -226,7 +223,7 @@ class Node:
                 decode=self._decode_own_store,
             )
         )
-        (self._dir / "genesis.json").write_bytes(genesis.encode())
+        keep_genesis(self._dir, genesis)
         self._checkpoints = Checkpoints(self._dir, self._spec)
         torrent = config.bittorrent
         policy = SwarmPolicy(
@@ -631,6 +628,19 @@ class Node:
     def gossip_availability(self, data: bytes) -> None:
         """Publish on our availability topic."""
         self._queue_gossip(f"{self._prefix}/have/{self.peer_id}", data)
+
+
+def _make_directory(state_dir: Path) -> None:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = "a file is in its way"
+        raise StoreError(
+            f"storage.state_dir: {state_dir} cannot be made ({reason}); name a directory that this "
+            "user may write."
+        ) from error
 
 
 @asynccontextmanager

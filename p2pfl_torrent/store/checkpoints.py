@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from p2pfl_torrent.core.chunking import checkpoint_layout, decode_chunk, encode_chunk_parts
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, model_hash
+from p2pfl_torrent.store.durable import replace_file
 from p2pfl_torrent.store.errors import StoreError
 from p2pfl_torrent.store.mapped import map_file
 
@@ -20,14 +20,23 @@ _NAME = re.compile(r"round-(\d+)\.safetensors")
 
 
 class Checkpoints:
-    """The checkpoints of one state directory."""
+    """The checkpoints of one state directory.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
 
     def __init__(self, state_dir: Path, spec: ModelSpec) -> None:
         self._dir = state_dir / "checkpoints"
-        self._dir.mkdir(parents=True, exist_ok=True)
         self._layout = checkpoint_layout(spec)
-        for leftover in self._dir.glob("*.tmp"):  # of a write that a crash cut short
-            leftover.unlink()
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            for leftover in self._dir.glob("*.tmp"):  # of a write that a crash cut short
+                leftover.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"{self._dir} cannot be written ({error}): choose another storage.state_dir."
+            ) from error
 
     def path(self, round: int) -> Path:
         """Where the weights after a round are, or would be."""
@@ -45,20 +54,7 @@ class Checkpoints:
             StoreError: the disk is full or fails; an older file of that round is as it was.
         """
         path = self.path(round)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                for part in encode_chunk_parts(self._layout, 0, arrays):
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync_directory(self._dir)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StoreError(
-                f"{path} cannot be written ({error}): see that its disk has space and is writable."
-            ) from error
+        replace_file(path, encode_chunk_parts(self._layout, 0, arrays))
         return path
 
     def load(self, round: int, expected: bytes | None = None) -> dict[str, Array]:
@@ -96,12 +92,3 @@ class Checkpoints:
         for round in rounds[: max(0, len(rounds) - keep)]:
             if not spare(round):
                 self.path(round).unlink(missing_ok=True)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename inside a directory survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ from p2pfl_torrent.overlay.host import HostError
 from p2pfl_torrent.overlay.identity import IdentityError
 from p2pfl_torrent.peer.identity import identity_of
 from p2pfl_torrent.peer.network import JoinError
+from p2pfl_torrent.store import StoreError
 
 STRANGER = "12D3KooWGQmdpzHXCqLno4mMxWXKNFQHASBeF99gTm2JR8Vu5Bdc"
 
@@ -119,6 +120,16 @@ def test_a_missing_or_damaged_key(name: str, content: bytes, told: str, tmp_path
     (state / name).chmod(0o600)
     assert told in failure(IdentityError, config(storage__state_dir=str(state)))
     assert [path.name for path in state.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_state_directory_that_is_a_file(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "state"
+    file.write_text("mine")
+    told = failure(StoreError, config(storage__state_dir=str(file / below)))
+    assert told.startswith("storage.state_dir: ")
+    assert "a file is in its way" in told
+    assert file.read_text() == "mine"
 
 
 def taken_port() -> socket.socket:

@@ -109,3 +109,12 @@ async def test_a_damaged_checkpoint_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="holds other weights than were saved"):
         async with open_node(again(tmp_path)):
             raise AssertionError("must not resume")
+
+
+async def test_a_torn_genesis_is_told(tmp_path: Path) -> None:
+    await one_round(tmp_path)
+    path = tmp_path / "genesis.json"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StoreError, match=r"genesis\.json is damaged"):
+        async with open_node(again(tmp_path)):
+            raise AssertionError("must not found another swarm beside this one's store")
