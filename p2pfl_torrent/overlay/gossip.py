@@ -22,7 +22,6 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.rpc_queue import RpcQueue
-from libp2p.stream_muxer.yamux.yamux import YamuxStream
 from libp2p.tools.anyio_service import background_trio_service
 
 from p2pfl_torrent.core.errors import LocalProtocolError
@@ -31,6 +30,7 @@ from p2pfl_torrent.overlay.limits import TokenBuckets
 from p2pfl_torrent.overlay.mesh import Router
 from p2pfl_torrent.overlay.rpc import MAX_MESSAGES, MAX_RPC, WireError, bounded
 from p2pfl_torrent.overlay.stream import Stream, StreamBroken
+from p2pfl_torrent.overlay.yamux_stream import YamuxStream
 
 if TYPE_CHECKING:
     from p2pfl_torrent.overlay.host import Host

@@ -22,14 +22,15 @@ from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
-from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.transport.upgrader import TransportUpgrader
 
 from p2pfl_torrent.overlay.identity import Identity
 from p2pfl_torrent.overlay.limits import HostLimits, TokenBuckets
-from p2pfl_torrent.overlay.muxer import BoundedYamux, YamuxOnly
+from p2pfl_torrent.overlay.muxer import YamuxOnly
 from p2pfl_torrent.overlay.negotiation import BoundedSelector
+from p2pfl_torrent.overlay.noise import NoiseTransport
 from p2pfl_torrent.overlay.transport import BoundedTcp, ExactTcpStream
+from p2pfl_torrent.overlay.yamux import YamuxConn
 
 if TYPE_CHECKING:
     from libp2p.abc import IMuxedConn, INetConn
@@ -113,7 +114,7 @@ class GuardedSwarm(Swarm):
                 muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
             finally:
                 self._handshaking -= 1
-            await cast(BoundedYamux, muxed).event_closed.wait()
+            await cast(YamuxConn, muxed).event_closed.wait()
         except Exception:
             # Whatever a stranger's bytes made the library raise (it has no common error), the
             # answer is the same: this socket is closed and the others live on.
@@ -147,15 +148,15 @@ class GuardedSwarm(Swarm):
         with trio.move_on_after(GRACE) as grace:
             await conn.close()
         if grace.cancelled_caught:
-            await cast(BoundedYamux, conn.muxed_conn).abort()
+            await cast(YamuxConn, conn.muxed_conn).abort()
             with trio.move_on_after(GRACE):  # the stock close() is idempotent by its own flag
-                await cast(BoundedYamux, conn.muxed_conn).event_closed.wait()
+                await cast(YamuxConn, conn.muxed_conn).event_closed.wait()
 
     # Streams
 
     def _admits_stream(self, peer_id: ID) -> bool:
         open_now = sum(
-            cast(BoundedYamux, conn.muxed_conn).inbound_streams()
+            cast(YamuxConn, conn.muxed_conn).inbound_streams()
             for conn in self.open_connections(peer_id)
         )
         return open_now <= self.limits.streams_per_peer and self._stream_opens.take(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -11,23 +11,15 @@ import trio
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
-from libp2p.stream_muxer.yamux.yamux import YamuxStream
 
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import EdgeClosedError
-from p2pfl_torrent.overlay.muxer import MAX_PAYLOAD, BoundedYamux
+from p2pfl_torrent.overlay.inbox import BodyBytes
+from p2pfl_torrent.overlay.yamux_stream import YamuxStream
 
 if TYPE_CHECKING:
     from libp2p.network.stream.net_stream import NetStream
-
-READ_AHEAD = 256 << 10
-"""Bytes asked of the muxer at a time: below 64 KiB throughput falls, above nothing is gained."""
-
-MIN_PIECE = 4 << 10
-SLOW_PIECE = 0.25
-"""Seconds. A frame that takes longer to leave is followed by a smaller one, so that others on the
-same link (a heartbeat, a window update) wait a quarter of a second at most for their turn."""
 
 CLOSE_TIMEOUT = 5.0
 
@@ -62,13 +54,10 @@ class Stream:
     __slots__ = (
         "_broken",
         "_closed",
-        "_got",
         "_muxed",
         "_net",
-        "_piece",
         "_reading",
         "_writing",
-        "_yamux",
         "protocol",
         "remote",
     )
@@ -76,11 +65,8 @@ class Stream:
     def __init__(self, net: NetStream, protocol: str) -> None:
         self._net = net
         self._muxed = cast(YamuxStream, net.muxed_stream)
-        self._yamux = cast(BoundedYamux, self._muxed.conn)
-        self.remote = PeerId(str(self._yamux.peer_id))
+        self.remote = PeerId(str(self._muxed.conn.peer_id))
         self.protocol = protocol
-        self._got = bytearray()
-        self._piece = MAX_PAYLOAD
         self._broken: str | None = None
         self._closed = False
         self._reading = False
@@ -98,32 +84,49 @@ class Stream:
             StreamBroken: the stream or its connection broke.
         """
         with self._alone("_reading"), self._errors("read"):
-            with _deadline(timeout) as deadline:
-                if len(self._got) >= count:  # a loop over small messages must let others run too
-                    await trio.lowlevel.checkpoint()
-                while len(self._got) < count:
-                    self._got += await self._receive(READ_AHEAD)
-            if deadline.cancelled_caught:
-                raise StreamTimeout(f"{self.remote} sent nothing more within {timeout:g} s")
-        if len(self._got) == count:
-            whole, self._got = self._got, bytearray()
-            return whole
-        part = self._got[:count]
-        del self._got[:count]
-        return part
+            with _deadline(timeout), self._ends():
+                return await self._muxed.inbox.exactly(count)
+        raise StreamTimeout(f"{self.remote} sent nothing more within {timeout:g} s")
 
-    async def _receive(self, limit: int) -> bytes:
+    async def read_frame(
+        self, head_bytes: int, body_bytes: BodyBytes, patience: float
+    ) -> tuple[bytearray, bytearray]:
+        """The next frame, as head and body: received where it stays, woken for once.
+
+        From the first call on there are only frames of that kind. ``body_bytes`` says from a head
+        how many bytes follow; its RemoteProtocolError comes out here, and ends the reading.
+
+        Raises:
+            EndOfStream: the other side finished cleanly, between two frames.
+            StreamTimeout: a body is not complete ``patience`` seconds after its head.
+            StreamBroken: the stream or its connection broke.
+        """
+        with self._alone("_reading"), self._errors("read"):
+            try:
+                with self._ends():
+                    return await self._muxed.inbox.frame(head_bytes, body_bytes, patience)
+            except trio.TooSlowError:
+                raise StreamTimeout(
+                    f"{self.remote} did not finish a message within {patience:g} s"
+                ) from None
+
+    @contextmanager
+    def _ends(self) -> Iterator[None]:
         try:
-            return await self._yamux.take(self._muxed, limit)
+            yield
         except MuxedStreamEOF:
-            # The library says the same after a reset, and when the connection is gone.
-            if self._yamux.event_shutting_down.is_set():
+            raise self._ended() from None
+        except MuxedStreamError:
+            if self._muxed.conn.event_shutting_down.is_set():
                 raise StreamBroken(f"the connection to {self.remote} is gone") from None
             if self._muxed.reset_received:
                 raise StreamBroken(f"{self.remote} reset the stream") from None
-            if self._got:
-                raise StreamBroken(f"{self.remote} ended the stream in mid-message") from None
-            raise EndOfStream(f"{self.remote} ended the stream") from None
+            raise
+
+    def _ended(self) -> StreamBroken:
+        if self._muxed.inbox.partial:
+            return StreamBroken(f"{self.remote} ended the stream in mid-message")
+        return EndOfStream(f"{self.remote} ended the stream")
 
     async def write(
         self, data: bytes | bytearray | memoryview, timeout: float | None = None
@@ -134,47 +137,32 @@ class Stream:
             StreamTimeout: that took longer than ``timeout`` seconds; the stream is reset.
             StreamBroken: the stream or its connection broke.
         """
-        rest = memoryview(data).cast("B")
-        size = len(rest)
+        await self._send((data,), timeout)
+
+    async def write_frame(
+        self, head: bytes, body: bytes | bytearray | memoryview, timeout: float | None = None
+    ) -> None:
+        """``head`` and ``body`` as one write, without joining them; see :meth:`write`."""
+        await self._send((head, body), timeout)
+
+    async def _send(
+        self, parts: Sequence[bytes | bytearray | memoryview], timeout: float | None
+    ) -> None:
         with self._alone("_writing"), self._errors("write"):
+            began, size = self._muxed.sent, sum(memoryview(part).nbytes for part in parts)
             try:
                 with _deadline(timeout) as deadline:
-                    while rest:
-                        fits = min(await self._window(), self._piece, len(rest))
-                        await self._send_piece(rest[:fits])
-                        rest = rest[fits:]
+                    await self._muxed.write_parts(*parts)
             except trio.Cancelled:
-                if len(rest) < size:  # half a message is out, nothing can follow it
+                if (
+                    0 < self._muxed.sent - began < size
+                ):  # half a message is out, nothing can follow it
                     with trio.CancelScope(shield=True):
                         await self.reset()
                 raise
             if deadline.cancelled_caught:
                 await self.reset()
                 raise StreamTimeout(f"{self.remote} took too little within {timeout:g} s")
-
-    async def _send_piece(self, piece: memoryview) -> None:
-        began = trio.current_time()
-        # Bytes plus a view is bytes: the library's annotation is narrower than its code.
-        await self._muxed.write(cast(bytes, piece))
-        if trio.current_time() - began > SLOW_PIECE:
-            self._piece = max(MIN_PIECE, self._piece // 2)
-        elif self._piece < MAX_PAYLOAD:
-            self._piece = min(MAX_PAYLOAD, self._piece * 2)
-
-    async def _window(self) -> int:
-        """How many bytes may be sent now; waits until some may.
-
-        The library would wait itself, but gives up and resets the stream after 5.0 s in a row
-        without a window update: on a link that needs 5 s for the frame in flight (64 KiB at
-        105 kbit/s), or whenever the reader pauses. It never sees an empty window from here.
-        """
-        pause = 0.001
-        while self._muxed.send_window <= 0:
-            if self._muxed.closed or self._muxed.send_closed:
-                raise StreamBroken(f"the stream to {self.remote} was closed")
-            await trio.sleep(pause)
-            pause = min(0.02, pause * 2)
-        return self._muxed.send_window
 
     async def close(self) -> None:
         """Ends the writing side, in order: the other side reads what was sent, then the end.
@@ -233,7 +221,7 @@ class StreamPipe:
 
     async def read(self, n: int | None = None, /) -> bytes:
         try:
-            return await cast(BoundedYamux, self._muxed.conn).take(self._muxed, n or READ_AHEAD)
+            return await self._muxed.read(n)
         except MuxedStreamEOF:
             return b""
         except MuxedStreamError as error:

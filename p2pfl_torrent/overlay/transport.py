@@ -52,6 +52,11 @@ class ExactTcpStream(TrioTCPStream):
             del self._ahead[:want]
             return taken
 
+    def take_ahead(self) -> bytearray:
+        """What has been read ahead: for who reads the socket itself from now on."""
+        ahead, self._ahead = self._ahead, bytearray()
+        return ahead
+
     async def close(self) -> None:
         self._open_sockets.discard(self)
         await super().close()

@@ -1,0 +1,227 @@
+"""What arrived on one stream: bytes that go straight to who waits for them, or frames.
+
+No awaits but in the waiting itself: the connection's reader puts, one consumer takes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from p2pfl_torrent.core.errors import RemoteProtocolError
+
+BodyBytes = Callable[[bytearray], int]
+"""From a frame's head, how many bytes follow; RemoteProtocolError where it will not do."""
+
+_NOTHING = memoryview(b"")
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+class Inbox:
+    """The receiving half of a stream.
+
+    Attributes:
+        held: bytes of memory that the other side keeps occupied here.
+        end: why nothing more will come, once that is so.
+    """
+
+    __slots__ = (
+        "_began", "_body_bytes", "_credit", "_frames", "_got", "_head", "_head_bytes", "_hold",
+        "_into", "_owed", "_pending", "_wake", "end", "held",
+    )  # fmt: skip
+
+    def __init__(self, credit: Callable[[int], None], hold: Callable[[int], None]) -> None:
+        """``credit`` is told what the sender may send anew, ``hold`` how ``held`` changes."""
+        self._credit = credit
+        self._hold = hold
+        self._pending = bytearray()
+        self._into = _NOTHING
+        self._got = 0
+        self._wake: trio.Event | None = None
+        self.held = 0
+        self.end: Exception | None = None
+        # Of frames alone:
+        self._body_bytes: BodyBytes | None = None
+        self._head_bytes = 0
+        self._head: bytearray | None = None
+        self._frames: deque[tuple[bytearray, bytearray]] = deque()
+        self._owed = 0
+        self._began = 0.0
+
+    # The reader's side
+
+    def room(self) -> memoryview:
+        """Where the next bytes go, if that is known."""
+        return self._into[self._got :]
+
+    def filled(self, count: int) -> None:
+        """So many bytes have been written to ``room()``."""
+        self._got += count
+        if self._body_bytes is None:
+            self._credit(count)
+            if self._got == len(self._into):
+                self._rouse()
+            return
+        self._owed += count
+        if not self._frames:  # who takes frames waits for this one
+            self._settle(self._owed)
+        if self._got == len(self._into):
+            self._part_complete()
+
+    def feed(self, data: memoryview) -> None:
+        """The next bytes."""
+        while data:
+            count = min(len(self._into) - self._got, len(data))
+            if not count:
+                break
+            self._into[self._got : self._got + count] = data[:count]
+            data = data[count:]
+            self.filled(count)
+        if data and self.end is None:
+            self._pending += data
+            self._change(len(data))
+            self._rouse()
+
+    def finish(self, reason: Exception) -> None:
+        """Nothing more will come: ``reason`` is raised when what is here has been taken."""
+        if self.end is None:
+            self.end = reason
+        self._rouse()
+
+    def detach(self) -> None:
+        """The stream is over: what is still taken here concerns no connection."""
+        self._credit = self._hold = _ignore
+
+    def drop(self) -> None:
+        """Forget what was not taken, and take nothing more."""
+        self._change(-self.held)
+        self._into, self._got, self._head = _NOTHING, 0, None
+        self._pending.clear()
+        self._frames.clear()
+
+    def _part_complete(self) -> None:
+        """A frame's head or body is here."""
+        assert self._body_bytes is not None
+        if self._head is None:
+            head = self._into.obj
+            assert isinstance(head, bytearray)
+            try:
+                size = self._body_bytes(head)
+            except RemoteProtocolError as error:
+                self._into, self._got = _NOTHING, 0
+                self.finish(error)
+                return
+            self._head, self._began = head, trio.current_time()
+            self._change(size)
+            self._into, self._got = memoryview(bytearray(size)), 0
+            if size:
+                return
+        body = self._into.obj
+        assert isinstance(body, bytearray)
+        self._frames.append((self._head, body))
+        self._head = None
+        self._into, self._got = memoryview(bytearray(self._head_bytes)), 0
+        self._rouse()
+
+    def _change(self, count: int) -> None:
+        self.held += count
+        self._hold(count)
+
+    def _settle(self, count: int) -> None:
+        self._owed -= count
+        self._credit(count)
+
+    def _rouse(self) -> None:
+        if self._wake is not None:
+            self._wake.set()
+
+    # The consumer's side
+
+    async def _wait(self) -> None:
+        self._wake = trio.Event()
+        try:
+            await self._wake.wait()
+        finally:
+            self._wake = None
+
+    def _take(self, count: int) -> bytearray:
+        taken = self._pending[:count]
+        del self._pending[:count]
+        self._change(-len(taken))
+        self._credit(len(taken))
+        return taken
+
+    async def some(self, limit: int) -> bytearray:
+        """At most ``limit`` bytes, waiting for the first; cancelling it loses none."""
+        if self._pending:
+            await trio.lowlevel.checkpoint()
+        while not self._pending:
+            if self.end is not None:
+                raise self.end.with_traceback(None)
+            await self._wait()
+        return self._take(limit)
+
+    async def exactly(self, count: int) -> bytearray:
+        """``count`` bytes; cancelling it loses none, nor does an end before the last."""
+        if len(self._pending) >= count:  # a loop over small messages must let others run too
+            await trio.lowlevel.checkpoint()
+            return self._take(count)
+        whole = bytearray(count)
+        self._into, self._got = memoryview(whole), 0
+        came = len(self._pending)
+        self._into[:came] = self._take(came)
+        self._got = came
+        try:
+            while self._got < count:
+                if self.end is not None:
+                    raise self.end.with_traceback(None)
+                await self._wait()
+        except BaseException:
+            self._into, got, self._got = _NOTHING, self._got, 0
+            self._pending[:0] = whole[:got]
+            self._change(got)
+            raise
+        self._into, self._got = _NOTHING, 0
+        return whole
+
+    @property
+    def partial(self) -> bool:
+        """Whether bytes are here that were not taken."""
+        return bool(self._pending or self._frames or self._head is not None or self._got)
+
+    async def frame(
+        self, head_bytes: int, body_bytes: BodyBytes, patience: float
+    ) -> tuple[bytearray, bytearray]:
+        """The next frame, as head and body; from the first call on there are only frames.
+
+        Raises:
+            trio.TooSlowError: its body is not complete ``patience`` seconds after its head.
+            RemoteProtocolError: ``body_bytes`` refused it.
+        """
+        if self._body_bytes is None:
+            self._body_bytes, self._head_bytes = body_bytes, head_bytes
+            self._into, self._got = memoryview(bytearray(head_bytes)), 0
+            self._change(-len(self._pending))
+            pending, self._pending = self._pending, bytearray()
+            self.feed(memoryview(pending))
+        if self._frames:
+            await trio.lowlevel.checkpoint()
+        while not self._frames:
+            if self.end is not None:
+                raise self.end.with_traceback(None)
+            began = self._began if self._head is not None else trio.current_time()
+            with trio.move_on_at(began + patience) as deadline:
+                await self._wait()
+            if deadline.cancelled_caught and self._head is not None and not self._frames:
+                if trio.current_time() >= self._began + patience:
+                    raise trio.TooSlowError
+        head, body = self._frames.popleft()
+        self._change(-len(body))
+        size = len(head) + len(body)
+        self._settle(min(size, self._owed) if self._frames else self._owed)
+        return head, body
