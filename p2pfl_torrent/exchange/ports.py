@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from p2pfl_torrent.core.bitfield import Bitfield
@@ -40,6 +40,32 @@ class ByteStream(Protocol):
 
     async def reset(self) -> None:
         """Abort both sides; never raises."""
+        ...
+
+
+class FrameStream(ByteStream, Protocol):
+    """A stream whose messages have a head of fixed size that says how much follows."""
+
+    async def read_frame(
+        self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
+    ) -> tuple[bytearray, bytearray]:
+        """The next frame, as head and body; once called, only frames can be read.
+
+        Args:
+            body_bytes: from a head, the size of its body; may raise RemoteProtocolError.
+            patience: seconds from a head to the end of its body; a head is waited for as long as
+                nothing comes.
+
+        Raises:
+            EdgeClosedError: the stream ended, or a body took too long.
+            RemoteProtocolError: ``body_bytes`` refused the frame.
+        """
+        ...
+
+    async def write_frame(
+        self, head: bytes, body: bytes | bytearray | memoryview, timeout: float | None = None
+    ) -> None:
+        """Hand both to the transport as one message, without joining them."""
         ...
 
 

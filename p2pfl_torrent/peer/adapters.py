@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.exchange.ports import ByteStream, Channel, EdgeClosedError
+from p2pfl_torrent.exchange.ports import Channel, EdgeClosedError, FrameStream
 from p2pfl_torrent.overlay.dialing import DialError
 from p2pfl_torrent.overlay.host import Host
 from p2pfl_torrent.overlay.stream import Stream, StreamBroken
@@ -18,7 +18,7 @@ STREAM_PATIENCE = 10.0  # seconds to negotiate one protocol on an open connectio
 
 
 class StreamPort:
-    """An overlay stream as a ByteStream: one error type for every way it can end."""
+    """An overlay stream as a FrameStream: one error type for every way it can end."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -40,6 +40,20 @@ class StreamPort:
         with _as_edge_closed():
             await self._stream.write(data, math.inf if timeout is None else timeout)
 
+    async def read_frame(
+        self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
+    ) -> tuple[bytearray, bytearray]:
+        """The next frame, as head and body; once called, only frames can be read."""
+        with _as_edge_closed():
+            return await self._stream.read_frame(head_bytes, body_bytes, patience)
+
+    async def write_frame(
+        self, head: bytes, body: bytes | bytearray | memoryview, timeout: float | None = None
+    ) -> None:
+        """Hand both to the transport as one message, without joining them."""
+        with _as_edge_closed():
+            await self._stream.write_frame(head, body, math.inf if timeout is None else timeout)
+
     async def close(self) -> None:
         """End the writing side."""
         with _as_edge_closed():
@@ -58,7 +72,7 @@ def _as_edge_closed() -> Iterator[None]:
         raise EdgeClosedError(str(error)) from error
 
 
-async def open_stream(host: Host, peer: PeerId, addrs: Sequence[str], protocol: str) -> ByteStream:
+async def open_stream(host: Host, peer: PeerId, addrs: Sequence[str], protocol: str) -> FrameStream:
     """A stream to a peer, connecting first where needed; EdgeClosedError when that fails."""
     try:
         if peer not in host.connected():
