@@ -15,7 +15,7 @@ MAX_CONTROL_FRAMES = 128
 """Yamux control frames (12 bytes each) waiting to be sent before whoever causes more must wait."""
 
 FRAME_STALL = 30.0
-"""Seconds one frame of at most 64 KiB may take to leave: 17 kbit/s. Slower is a dead link."""
+"""Seconds that 64 KiB of a frame may take to leave: 17 kbit/s. Slower is a dead link."""
 
 MAX_PROTOCOL_NAME = 256
 """Bytes of a protocol name in a multistream-select message; ours have below 40."""

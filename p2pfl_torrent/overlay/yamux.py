@@ -51,7 +51,7 @@ SMALL = 4 << 10
 MIN_FRAME = 4 << 10
 FIRST_FRAME = 64 << 10
 MAX_FRAME = (1 << 20) + 64
-"""A whole Piece with its head: beyond that nothing is gained."""
+"""A whole Piece with its head."""
 
 SLOW_FRAME = 0.25
 """Seconds. A frame that takes longer to leave is followed by a smaller one, so that others on the
