@@ -15,6 +15,8 @@ from p2pfl_torrent.core.errors import RemoteProtocolError
 BodyBytes = Callable[[bytearray], int]
 """From a frame's head, how many bytes follow; RemoteProtocolError where it will not do."""
 
+FRAME_OVERHEAD = 256  # bytes of memory of a frame that waits, besides its body
+
 _NOTHING = memoryview(b"")
 
 
@@ -32,7 +34,7 @@ class Inbox:
 
     __slots__ = (
         "_began", "_body_bytes", "_credit", "_frames", "_got", "_head", "_head_bytes", "_hold",
-        "_into", "_owed", "_pending", "_wake", "end", "held",
+        "_into", "_owed", "_paid", "_pending", "_wake", "end", "held",
     )  # fmt: skip
 
     def __init__(self, credit: Callable[[int], None], hold: Callable[[int], None]) -> None:
@@ -40,6 +42,7 @@ class Inbox:
         self._credit = credit
         self._hold = hold
         self._pending = bytearray()
+        self._paid = 0  # of the first bytes pending, for so many credit was given already
         self._into = _NOTHING
         self._got = 0
         self._wake: trio.Event | None = None
@@ -69,7 +72,7 @@ class Inbox:
             return
         self._owed += count
         if not self._frames:  # who takes frames waits for this one
-            self._settle(self._owed)
+            self._settle()
         if self._got == len(self._into):
             self._part_complete()
 
@@ -102,6 +105,7 @@ class Inbox:
         self._change(-self.held)
         self._into, self._got, self._head = _NOTHING, 0, None
         self._pending.clear()
+        self._paid = 0
         self._frames.clear()
 
     def _part_complete(self) -> None:
@@ -124,6 +128,7 @@ class Inbox:
         body = self._into.obj
         assert isinstance(body, bytearray)
         self._frames.append((self._head, body))
+        self._change(FRAME_OVERHEAD)
         self._head = None
         self._into, self._got = memoryview(bytearray(self._head_bytes)), 0
         self._rouse()
@@ -132,9 +137,12 @@ class Inbox:
         self.held += count
         self._hold(count)
 
-    def _settle(self, count: int) -> None:
-        self._owed -= count
-        self._credit(count)
+    def _settle(self, limit: int | None = None) -> None:
+        """Gives the credit that was held back, at most ``limit`` of it."""
+        count = self._owed if limit is None else min(limit, self._owed)
+        if count > 0:
+            self._owed -= count
+            self._credit(count)
 
     def _rouse(self) -> None:
         if self._wake is not None:
@@ -143,6 +151,8 @@ class Inbox:
     # The consumer's side
 
     async def _wait(self) -> None:
+        if self._wake is not None:
+            raise trio.BusyResourceError("two tasks are reading one stream")
         self._wake = trio.Event()
         try:
             await self._wake.wait()
@@ -153,7 +163,9 @@ class Inbox:
         taken = self._pending[:count]
         del self._pending[:count]
         self._change(-len(taken))
-        self._credit(len(taken))
+        paid = min(self._paid, len(taken))
+        self._paid -= paid
+        self._credit(len(taken) - paid)
         return taken
 
     async def some(self, limit: int) -> bytearray:
@@ -170,7 +182,8 @@ class Inbox:
         """``count`` bytes; cancelling it loses none, nor does an end before the last."""
         if len(self._pending) >= count:  # a loop over small messages must let others run too
             await trio.lowlevel.checkpoint()
-            return self._take(count)
+            if len(self._pending) >= count:  # not reset meanwhile
+                return self._take(count)
         whole = bytearray(count)
         self._into, self._got = memoryview(whole), 0
         came = len(self._pending)
@@ -184,6 +197,7 @@ class Inbox:
         except BaseException:
             self._into, got, self._got = _NOTHING, self._got, 0
             self._pending[:0] = whole[:got]
+            self._paid += got
             self._change(got)
             raise
         self._into, self._got = _NOTHING, 0
@@ -207,6 +221,7 @@ class Inbox:
             self._body_bytes, self._head_bytes = body_bytes, head_bytes
             self._into, self._got = memoryview(bytearray(head_bytes)), 0
             self._change(-len(self._pending))
+            self._owed, self._paid = -self._paid, 0
             pending, self._pending = self._pending, bytearray()
             self.feed(memoryview(pending))
         if self._frames:
@@ -221,7 +236,10 @@ class Inbox:
                 if trio.current_time() >= self._began + patience:
                     raise trio.TooSlowError
         head, body = self._frames.popleft()
-        self._change(-len(body))
-        size = len(head) + len(body)
-        self._settle(min(size, self._owed) if self._frames else self._owed)
+        self._change(-len(body) - FRAME_OVERHEAD)
+        if self._frames:
+            self._settle(len(head) + len(body))
+        else:  # what follows may have been held up by us: its time runs from now
+            self._began = trio.current_time()
+            self._settle()
         return head, body

@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-MAX_BUFFERED = 32 << 20
-"""Bytes that one connection may have received but not read: sixteen full windows."""
+INITIAL_WINDOW = 256 << 10
+"""Bytes a sender may be ahead of the reader on a new stream: yamux fixes it."""
 
 RECEIVE_WINDOW = 2 << 20
-"""Bytes a sender may be ahead of the reader on one stream: 20 MB/s over a 100 ms path."""
+"""The same on a stream that is read: 20 MB/s over a 100 ms path."""
+
+WIDE_STREAMS = 8
+"""Streams of one connection that have a RECEIVE_WINDOW; two, one a direction, carry chunks."""
+
+MAX_BUFFERED = 32 << 20
+"""Bytes that one connection may have received but not read, with what is set aside for messages
+that have begun. A peer that keeps to its windows needs 30 MiB if 64 streams are full and unread."""
 
 MAX_CONTROL_FRAMES = 128
-"""Yamux control frames (12 bytes each) waiting to be sent before whoever causes more must wait."""
+"""Yamux control frames (12 bytes each) waiting to be sent before a new stream must wait."""
+
+MAX_ANSWERS = 1024
+"""Control frames waiting to be sent before one more answer is too many, and the connection closed.
+While a frame of data leaves (FRAME_STALL at worst) a peer may open and close a burst of 128
+streams, have as many refused, and ping: some 500. The memory is 64 KiB."""
+
+IDLE_BURST = 4096
+IDLE_RATE = 1000.0
+"""Frames without payload that a peer may send, at once and a second, besides one for each byte that
+it got: so often does a stock py-libp2p that reads bytes one by one grant us a byte more."""
 
 FRAME_STALL = 30.0
 """Seconds that 64 KiB of a frame may take to leave: 17 kbit/s. Slower is a dead link."""

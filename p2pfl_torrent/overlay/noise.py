@@ -8,6 +8,8 @@ straight into the buffer that the socket reads.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import trio
@@ -35,19 +37,24 @@ MAX_PLAINTEXT = MAX_MESSAGE - TAG
 MAX_NONCE = 2**64 - 1  # Noise reserves the last one
 
 RECEIVE_BUFFER = 512 << 10
-"""Bytes taken from a socket at a time: eight messages, so that a system call pays. Other sizes have
-not been compared."""
+"""Bytes taken from a socket at a time: eight messages, so that a system call pays."""
 
-SEND_BUFFER = 512 << 10
+SMALL_BUFFER = PREFIX + MAX_MESSAGE  # one message
+SEND_BUFFER = 8 * SMALL_BUFFER
 """Ciphertext made before it is handed to the socket."""
 
-TURN = 1 << 20
-"""Bytes read from one connection before the other tasks have their turn."""
+BIG_BUFFERS = 16
+"""Senders that may hold a SEND_BUFFER at a time. Peers that read nothing keep theirs for
+FRAME_STALL, so the rest of 512 connections get a SMALL_BUFFER: 40 MiB in all instead of 256."""
+
+SPARE_BUFFERS = 4  # of each size, kept for the next sender
+
+TURN = 0.002
+"""Seconds that one connection is read before the other tasks have their turn. In seconds, since
+a message of 12 byte frames costs a hundred times the CPU of one with a piece in it."""
 
 PROGRESS = 64 << 10
 """Bytes that must leave within FRAME_STALL."""
-
-SPARE_BUFFERS = 4  # kept for the next sender; more are in use only while more sockets are full
 
 
 class SessionBroken(ConnectionClosedError):
@@ -61,8 +68,10 @@ class Sink(Protocol):
     """Who takes the plaintext."""
 
     def room(self) -> memoryview:
-        """Where the next bytes go, if the sink knows already; a message is decrypted there when
-        it fits whole."""
+        """Where the next bytes go, if the sink knows already.
+
+        A message that fits whole is decrypted there, and verified only then: bytes count as
+        arrived once ``filled`` was called."""
         ...
 
     def filled(self, count: int) -> None:
@@ -70,7 +79,7 @@ class Sink(Protocol):
         ...
 
     def feed(self, data: memoryview) -> None:
-        """The next bytes; the view is of no use after the call."""
+        """The next bytes, none for an empty message; the view is of no use after the call."""
         ...
 
 
@@ -85,21 +94,28 @@ class Buffers:
     def __init__(self) -> None:
         self.receive = memoryview(bytearray(RECEIVE_BUFFER))
         self.plain = memoryview(bytearray(MAX_PLAINTEXT))
-        self._spare: list[memoryview] = []
+        self._spare: dict[int, list[memoryview]] = {SMALL_BUFFER: [], SEND_BUFFER: []}
+        self._big = 0
 
-    def borrow(self) -> memoryview:
-        """A send buffer, until ``give_back``."""
-        return self._spare.pop() if self._spare else memoryview(bytearray(SEND_BUFFER))
+    def borrow(self, size: int) -> memoryview:
+        """Until ``give_back``, a buffer to send ``size`` bytes from, all or a part at a time."""
+        big = size > MAX_PLAINTEXT // 2 and self._big < BIG_BUFFERS
+        self._big += big
+        spare = self._spare[length := SEND_BUFFER if big else SMALL_BUFFER]
+        return spare.pop() if spare else memoryview(bytearray(length))
 
     def give_back(self, buffer: memoryview) -> None:
-        if len(self._spare) < SPARE_BUFFERS:
-            self._spare.append(buffer)
+        self._big -= len(buffer) == SEND_BUFFER
+        spare = self._spare[len(buffer)]
+        if len(spare) < SPARE_BUFFERS:
+            spare.append(buffer)
 
 
 class NoiseSession(BaseSession):
     """An authenticated, encrypted connection, taken over from the library after its handshake.
 
-    One task may receive and one send; any error leaves the connection of no use.
+    One task may receive and one send. An error closes the connection, as does cancelling what is
+    being sent; what is asked of it afterwards is refused. Receiving may be cancelled and go on.
     """
 
     def __init__(self, stock: SecureSession, raw: RawConnection, buffers: Buffers) -> None:
@@ -120,8 +136,21 @@ class NoiseSession(BaseSession):
         self._tcp = cast(ExactTcpStream, raw.stream)
         self._socket = self._tcp.stream.socket
         self._buffers = buffers
-        self._rest = self._tcp.take_ahead()  # what came and is no whole message
+        self._rest = self._tcp.take_ahead()  # what came and is not decrypted
+        self._end = 0  # of what is in the receive buffer
+        self._turn = 0.0  # when this connection's turn is over
         self._unread = bytearray()  # plaintext for read()
+        self._broken: str | None = None
+
+    def _usable(self) -> None:
+        if self._broken is not None:
+            raise SessionBroken(self._broken)
+
+    def _break(self, reason: str) -> None:
+        """Nothing may be sent, received or verified with this state any more: the numbers of the
+        messages on the wire and of those counted here may differ."""
+        self._broken = self._broken or reason
+        self.close_now()
 
     # Receiving
 
@@ -131,24 +160,25 @@ class NoiseSession(BaseSession):
         Raises:
             SessionBroken: it ended in mid-message, or what came is not from the other side.
         """
+        self._usable()
         if self._unread:
             unread, self._unread = self._unread, bytearray()
             sink.feed(memoryview(unread))
-        taken = 0
+        self._turn = time.monotonic() + TURN
         while await self._fill():
-            taken += self._decrypt(sink)
-            if taken >= TURN:
-                taken = 0
+            self._decrypt(sink)
+            if time.monotonic() >= self._turn:
                 await trio.lowlevel.checkpoint()
+                self._turn = time.monotonic() + TURN
 
     async def _fill(self) -> int:
-        """Bytes in the receive buffer, at least one more than before; 0 at the end.
+        """Bytes in the receive buffer, enough for some progress; 0 at the end.
 
         What is in the buffer must be used before the next await: it is shared.
         """
         rest = len(self._rest)
-        if rest > PREFIX and rest >= PREFIX + int.from_bytes(self._rest[:PREFIX], "big"):
-            return self._restore()  # read ahead during the handshake
+        if rest >= PREFIX and rest >= PREFIX + int.from_bytes(self._rest[:PREFIX], "big"):
+            return self._restore()  # read during the handshake, or left when the turn was over
         while True:
             room = self._buffers.receive[rest:]
             try:
@@ -170,6 +200,7 @@ class NoiseSession(BaseSession):
             await trio.lowlevel.wait_readable(self._socket.fileno())
         except (trio.ClosedResourceError, OSError, ValueError) as error:
             raise SessionBroken("the connection was closed") from error
+        self._turn = time.monotonic() + TURN
 
     def _restore(self) -> int:
         rest = len(self._rest)
@@ -178,38 +209,49 @@ class NoiseSession(BaseSession):
         self._end = rest
         return rest
 
-    def _decrypt(self, sink: Sink) -> int:
-        """Every whole message in the receive buffer; keeps what is left over; the bytes used."""
-        wire, plain, end = self._buffers.receive, self._buffers.plain, self._end
-        decrypt_into, number, start = self._open.decrypt_into, self._received, 0
-        while end - start >= PREFIX:
-            size = (wire[start] << 8) | wire[start + 1]
-            if size < TAG:
-                raise SessionBroken("a message shorter than its tag")
-            body = start + PREFIX
-            if end - body < size:
-                break
-            if number >= MAX_NONCE:
-                raise SessionBroken("the nonces of the other side are used up")
-            count = size - TAG
-            room = sink.room()
-            direct = 0 < count <= len(room)
-            try:
-                decrypt_into(
-                    _nonce(number), wire[body : body + size], None,
-                    room[:count] if direct else plain[:count],
-                )  # fmt: skip
-            except InvalidTag as error:
-                raise SessionBroken("a message that does not verify") from error
-            number += 1
-            start = body + size
-            if direct:
-                sink.filled(count)
-            elif count:
-                sink.feed(plain[:count])
+    def _decrypt(self, sink: Sink) -> None:
+        """The whole messages in the receive buffer, or as many as the turn allows; keeps the rest.
+
+        Any error, the sink's too, breaks the session: some of the messages have been handed out.
+        """
+        wire, end = self._buffers.receive, self._end
+        number, start = self._received, 0
+        try:
+            while end - start >= PREFIX:
+                size = (wire[start] << 8) | wire[start + 1]
+                if size < TAG:
+                    raise SessionBroken("a message shorter than its tag")
+                body = start + PREFIX
+                if end - body < size:
+                    break
+                if number >= MAX_NONCE:
+                    raise SessionBroken("the nonces of the other side are used up")
+                start = body + size
+                direct = self._decrypt_one(number, wire[body:start], sink)
+                number += 1
+                if not direct and time.monotonic() >= self._turn:
+                    break
+        except BaseException as error:
+            self._break(str(error) or type(error).__name__)
+            raise
         self._received = number
         self._rest += wire[start:end]
-        return start
+
+    def _decrypt_one(self, number: int, message: memoryview, sink: Sink) -> bool:
+        """Whether it went straight to where the sink wants it."""
+        count = len(message) - TAG
+        room = sink.room()
+        direct = 0 < count <= len(room)
+        plain = room[:count] if direct else self._buffers.plain[:count]
+        try:
+            self._open.decrypt_into(_nonce(number), message, None, plain)
+        except InvalidTag as error:
+            raise SessionBroken("a message that does not verify") from error
+        if direct:
+            sink.filled(count)
+        else:
+            sink.feed(plain)
+        return direct
 
     async def read(self, n: int | None = None) -> bytes:
         """``n`` bytes, fewer only at the end (none given: what there is); before the muxer runs.
@@ -217,9 +259,11 @@ class NoiseSession(BaseSession):
         Raises:
             SessionBroken: the connection ended before the first byte, or broke.
         """
+        self._usable()
         want = 1 if n is None else n
         collector = _Collector(self._unread)
         while len(self._unread) < want:
+            await trio.lowlevel.checkpoint()  # empty messages must not keep the loop for themselves
             if not await self._fill():
                 break
             self._decrypt(collector)
@@ -232,41 +276,46 @@ class NoiseSession(BaseSession):
     # Sending
 
     async def write(self, data: bytes) -> None:
-        await self.send(data)
+        await self.send(cut(data), len(data))
 
-    async def send(self, *parts: bytes | bytearray | memoryview) -> None:
-        """Sends the parts, each beginning a message: returns when the kernel has all of it.
+    async def send(self, messages: Iterable[memoryview], size: int) -> None:
+        """Sends ``messages``, ``size`` bytes in all: returns when the kernel has them.
+
+        Args:
+            messages: each at most MAX_PLAINTEXT; taken one at a time, when it can be encrypted.
 
         Raises:
             SessionBroken: the connection broke, or stands still.
         """
-        buffer = self._buffers.borrow()
+        self._usable()
+        buffer = self._buffers.borrow(size)
         used = 0
         try:
-            for part in parts:
-                view = memoryview(part)
-                for start in range(0, len(view), MAX_PLAINTEXT):
-                    piece = view[start : start + MAX_PLAINTEXT]
-                    if used + PREFIX + len(piece) + TAG > SEND_BUFFER:
-                        await self._send_all(buffer[:used])
-                        used = 0
-                    used += self._encrypt(piece, buffer[used:])
+            for message in messages:
+                with message:
+                    used += self._encrypt(message, buffer[used:])
+                if len(buffer) - used < SMALL_BUFFER:
+                    await self._send_all(buffer[:used])
+                    used = 0
             await self._send_all(buffer[:used])
+        except BaseException as error:
+            # Part of a message may be out, and what was numbered cannot be numbered again.
+            self._break(str(error) or type(error).__name__)
+            raise
         finally:
             self._buffers.give_back(buffer)
 
-    def _encrypt(self, piece: memoryview, out: memoryview) -> int:
+    def _encrypt(self, message: memoryview, out: memoryview) -> int:
         if self._sent >= MAX_NONCE:
             raise SessionBroken("our nonces are used up")
-        size = len(piece) + TAG
+        size = len(message) + TAG
         out[0], out[1] = size >> 8, size & 0xFF
-        self._seal.encrypt_into(_nonce(self._sent), piece, None, out[PREFIX : PREFIX + size])
+        self._seal.encrypt_into(_nonce(self._sent), message, None, out[PREFIX : PREFIX + size])
         self._sent += 1
         return PREFIX + size
 
     async def _send_all(self, data: memoryview) -> None:
-        stall = trio.CancelScope()
-        mark = 0
+        mark, since = 0, trio.current_time()
         sent = 0
         while sent < len(data):
             try:
@@ -276,18 +325,15 @@ class NoiseSession(BaseSession):
                 pass
             except OSError as error:
                 raise SessionBroken(f"the connection broke ({error.strerror})") from error
-            if stall.deadline == float("inf") or sent - mark >= PROGRESS:
-                stall = trio.CancelScope(deadline=trio.current_time() + FRAME_STALL)
-                mark = sent
-            else:
-                stall = trio.CancelScope(deadline=stall.deadline)
-            with stall:
+            if sent - mark >= PROGRESS:
+                mark, since = sent, trio.current_time()
+            with trio.move_on_at(since + FRAME_STALL) as stall:
                 try:
                     await trio.lowlevel.wait_writable(self._socket.fileno())
                 except (trio.ClosedResourceError, OSError, ValueError) as error:
                     raise SessionBroken("the connection was closed") from error
             if stall.cancelled_caught:
-                raise SessionBroken(f"the other side took nothing for {FRAME_STALL:g} s")
+                raise SessionBroken(f"the other side took too little for {FRAME_STALL:g} s")
 
     # What the library asks of a session
 
@@ -343,6 +389,13 @@ class _Collector:
 
 
 _NOTHING = memoryview(b"")
+
+
+def cut(data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+    """``data`` in pieces of one message each."""
+    view = memoryview(data)
+    for start in range(0, len(view), MAX_PLAINTEXT):
+        yield view[start : start + MAX_PLAINTEXT]
 
 
 def _nonce(number: int) -> bytes:

@@ -10,17 +10,14 @@ from libp2p.abc import IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
 from p2pfl_torrent.overlay.inbox import Inbox
-from p2pfl_torrent.overlay.limits import RECEIVE_WINDOW
+from p2pfl_torrent.overlay.limits import INITIAL_WINDOW, RECEIVE_WINDOW
+from p2pfl_torrent.overlay.outbox import RST, WINDOW_UPDATE, Bytes
 
 if TYPE_CHECKING:
     from p2pfl_torrent.overlay.yamux import YamuxConn
 
-FIN, RST = 4, 8
-INITIAL_WINDOW = 256 << 10  # the format's, in both directions
 MAX_SEND_WINDOW = 1 << 32  # nobody means more
 READ = 64 << 10
-
-Bytes = bytes | bytearray | memoryview
 
 
 class YamuxStream(IMuxedStream):
@@ -30,6 +27,7 @@ class YamuxStream(IMuxedStream):
         inbox: what arrived.
         recv_window: bytes the other side may still send.
         closed: both sides are over, or the stream was reset.
+        wide: the window is a RECEIVE_WINDOW.
         sent: bytes handed over to be sent, ever.
     """
 
@@ -44,7 +42,7 @@ class YamuxStream(IMuxedStream):
         self.send_closed = False
         self.recv_closed = False
         self.reset_received = False
-        self._widened = False
+        self.wide = False
         self._ungranted = 0
         self._window = trio.Event()
 
@@ -75,15 +73,15 @@ class YamuxStream(IMuxedStream):
     def _taken(self, count: int) -> None:
         """Hands credit back to the sender once it is worth a frame."""
         self._ungranted += count
-        worth = (RECEIVE_WINDOW if self._widened else INITIAL_WINDOW) // 4
+        worth = (RECEIVE_WINDOW if self.wide else INITIAL_WINDOW) // 4
         if self._ungranted < worth or self.recv_closed:
             return
         granted, self._ungranted = self._ungranted, 0
-        if not self._widened:  # a stream that is used for more than questions
-            self._widened = True
+        if not self.wide and self.conn.widen():  # a stream that is used for more than questions
+            self.wide = True
             granted += RECEIVE_WINDOW - INITIAL_WINDOW
         self.recv_window += granted
-        self.conn.grant(self, granted)
+        self.conn.outbox.grant(self.stream_id, granted)
 
     # Reading and writing
 
@@ -105,11 +103,11 @@ class YamuxStream(IMuxedStream):
         left = sum(map(len, rest))
         while left:
             await self._may_send()
-            size = min(left, self.send_window, self.conn.frame_limit)
+            size = min(left, self.send_window, self.conn.outbox.frame_limit)
             left -= size
             self.send_window -= size
             self.sent += size
-            await self.conn.send(self, list(_cut(rest, size)), size)
+            await self.conn.outbox.send(self, list(_cut(rest, size)), size)
 
     def withdrawn(self, count: int) -> None:
         """A frame that was handed over has not been sent and will not be."""
@@ -122,7 +120,8 @@ class YamuxStream(IMuxedStream):
                 raise self._broken()
             if self.send_window:
                 return
-            self._window = trio.Event()
+            if self._window.is_set():
+                self._window = trio.Event()
             await self._window.wait()
 
     def _broken(self) -> MuxedStreamError:
@@ -137,18 +136,22 @@ class YamuxStream(IMuxedStream):
         if self.send_closed:
             return
         self.send_closed = True
-        await self.conn.end(self.stream_id, FIN)
+        self._window.set()
+        self.conn.outbox.finish(self.stream_id)
         if self.recv_closed:
             self.conn.forget(self)
+        await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
         """Drops both sides."""
         if self.stream_id not in self.conn.streams:
             return
+        self.conn.outbox.withdraw(self.stream_id)
         self.conn.forget(self)
         self.inbox.drop()
         self.break_off(MuxedStreamReset("the stream was reset here"))
-        await self.conn.end(self.stream_id, RST)
+        self.conn.outbox.say(WINDOW_UPDATE, RST, self.stream_id)
+        await trio.lowlevel.checkpoint()
 
     def set_deadline(self, ttl: int) -> None:
         raise NotImplementedError("deadlines belong to each read and write")

@@ -1,0 +1,252 @@
+"""What one connection has to send: control frames, window updates, and a frame of each stream.
+
+* One task sends: a frame goes out whole or not at all, whoever waits for it and is cancelled.
+* Control frames (12 bytes) go first and are not waited for.
+* A stream has one frame in the queue at most, no longer than the link carries in a quarter of a
+  second, so that streams take turns and the queue is bounded by their number.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import trio
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+
+from p2pfl_torrent.overlay.limits import MAX_ANSWERS, MAX_CONTROL_FRAMES
+from p2pfl_torrent.overlay.noise import MAX_PLAINTEXT, SessionBroken, cut
+
+Bytes = bytes | bytearray | memoryview
+
+HEADER = struct.Struct("!BBHII")  # version, type, flags, stream, length
+DATA, WINDOW_UPDATE, PING, GO_AWAY = range(4)
+SYN, ACK, FIN, RST = 1, 2, 4, 8
+
+SMALL = 4 << 10
+"""Payload up to here is joined with its header: one message of Noise is cheaper than a copy."""
+
+MIN_FRAME = 4 << 10
+FIRST_FRAME = 64 << 10
+MAX_FRAME = (1 << 20) + 64
+"""A whole Piece with its head."""
+
+SLOW_FRAME = 0.25
+"""Seconds. A frame that takes longer to leave is followed by a smaller one, so that others on the
+same link (a heartbeat, a window update) wait a quarter of a second at most for their turn."""
+
+
+class Session(Protocol):
+    """What sends."""
+
+    async def send(self, messages: Iterable[memoryview], size: int) -> None:
+        """Raises SessionBroken."""
+        ...
+
+
+class Sender(Protocol):
+    """A stream, as far as its frames concern it."""
+
+    stream_id: int
+
+    def withdrawn(self, count: int) -> None:
+        """A frame with so many bytes was queued, and will not be sent."""
+        ...
+
+
+class _Frame:
+    """One stream's bytes on their way out."""
+
+    __slots__ = ("_parts", "begun", "done", "flags", "number", "sent", "size")
+
+    def __init__(self, number: int, parts: list[Bytes], size: int, flags: int = 0) -> None:
+        self.number = number
+        self.size = size
+        self.flags = flags
+        self.begun = False
+        self.sent = False
+        self.done = trio.Event()
+        self._parts = parts
+
+    @property
+    def header(self) -> bytes:
+        return HEADER.pack(0, DATA, self.flags, self.number, self.size)
+
+    def messages(self, head: bytes) -> Iterator[memoryview]:
+        """What goes into one message of Noise each: small parts with what is before them, large
+        ones not copied."""
+        joined, index = bytearray(head), 0
+        while index < len(self._parts) and len(self._parts[index]) <= SMALL >= len(joined):
+            joined += self._parts[index]
+            index += 1
+        yield from cut(joined)
+        for place in range(index, len(self._parts)):
+            start = 0
+            while start < len(self._parts[place]):  # looked up anew for each: see keep()
+                yield memoryview(self._parts[place])[start : start + MAX_PLAINTEXT]
+                start += MAX_PLAINTEXT
+
+    def keep(self) -> None:
+        """Whoever waited does not any more, and may do with its bytes as it likes."""
+        self._parts = [bytes(part) for part in self._parts]
+
+
+class Outbox:
+    """See above.
+
+    Attributes:
+        frame_limit: bytes of payload that the next frame may have.
+        carried: bytes of payload sent, ever.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.frame_limit = FIRST_FRAME
+        self._control: deque[bytes] = deque()
+        self._credits: dict[int, int] = {}
+        self._frames: deque[_Frame] = deque()
+        self._wake = trio.Event()
+        self._drained = trio.Event()
+        self._closed = False
+        self.carried = 0
+
+    # Control: none of it waits
+
+    def say(self, kind: int, flags: int, number: int, length: int = 0) -> None:
+        """One control frame, before all data that is queued."""
+        self._control.append(HEADER.pack(0, kind, flags, number, length))
+        self._wake.set()
+
+    def answer(self, kind: int, flags: int, number: int, length: int = 0) -> None:
+        """For the reader, which cannot wait: it bounds what the other side makes us say.
+
+        Raises:
+            SessionBroken: it does not take the answers.
+        """
+        if len(self._control) >= MAX_ANSWERS:
+            raise SessionBroken("it asks faster than it takes the answers")
+        self.say(kind, flags, number, length)
+
+    def grant(self, number: int, count: int) -> None:
+        """Tell the other side that it may send so many bytes more on a stream."""
+        self._credits[number] = self._credits.get(number, 0) + count
+        self._wake.set()
+
+    def finish(self, number: int) -> None:
+        """End a stream's writing side, after what is queued of it."""
+        if any(frame.number == number for frame in self._frames):
+            self._frames.append(_Frame(number, [], 0, FIN))
+        else:
+            self.say(WINDOW_UPDATE, FIN, number)
+
+    def forget(self, number: int) -> None:
+        """No more credit is granted on this stream."""
+        self._credits.pop(number, None)
+
+    def withdraw(self, number: int) -> None:
+        """Nothing that is queued of this stream is sent any more; what is being sent, is."""
+        for frame in [frame for frame in self._frames if frame.number == number]:
+            self._frames.remove(frame)
+            frame.done.set()
+
+    async def room(self) -> None:
+        """Waits until few control frames are queued: for who starts something that will need more.
+
+        Raises:
+            MuxedStreamError: the connection is gone.
+        """
+        await trio.lowlevel.checkpoint()
+        while len(self._control) >= MAX_CONTROL_FRAMES and not self._closed:
+            await self._draining()
+        if self._closed:
+            raise MuxedStreamError("the connection is gone")
+
+    async def flush(self) -> None:
+        """Waits until all control is sent, or the connection gone."""
+        while self._control and not self._closed:
+            await self._draining()
+
+    async def _draining(self) -> None:
+        if self._drained.is_set():
+            self._drained = trio.Event()
+        await self._drained.wait()
+
+    # Data
+
+    async def send(self, stream: Sender, parts: list[Bytes], size: int) -> None:
+        """Sends one data frame of ``size`` bytes; when cancelled, it goes out whole or not at all.
+
+        Raises:
+            MuxedStreamError: the stream or the connection is over.
+        """
+        if self._closed:
+            raise MuxedStreamError("the connection is gone")
+        frame = _Frame(stream.stream_id, parts, size)
+        self._frames.append(frame)
+        self._wake.set()
+        try:
+            await frame.done.wait()
+        except trio.Cancelled:
+            if frame.begun:
+                frame.keep()
+            elif frame in self._frames:
+                self._frames.remove(frame)
+                stream.withdrawn(size)
+            raise
+        if not frame.sent:
+            raise MuxedStreamError("the stream is over, or its connection")
+
+    # Sending
+
+    async def run(self) -> None:
+        """Sends what is there and what comes; SessionBroken ends it."""
+        while True:
+            # A frame that woke us may have been taken back: hence the loop.
+            while not (self._control or self._credits or self._frames):
+                self._wake = trio.Event()
+                await self._wake.wait()
+            await self._send_next()
+
+    async def _send_next(self) -> None:
+        """Everything that is control, then one frame."""
+        said = len(self._control)
+        control = b"".join(self._control) + b"".join(
+            HEADER.pack(0, WINDOW_UPDATE, 0, number, count)
+            for number, count in self._credits.items()
+        )
+        self._credits.clear()
+        if self._frames:
+            await self._send_frame(control, self._frames.popleft())
+        else:
+            await self._session.send(cut(control), len(control))
+        for _ in range(said):
+            self._control.popleft()
+        self._drained.set()
+
+    async def _send_frame(self, control: bytes, frame: _Frame) -> None:
+        frame.begun = True
+        head = control + frame.header
+        began = trio.current_time()
+        try:
+            await self._session.send(frame.messages(head), len(head) + frame.size)
+            frame.sent = True
+        finally:
+            frame.done.set()
+        self.carried += frame.size
+        self._pace(frame.size, trio.current_time() - began)
+
+    def _pace(self, size: int, seconds: float) -> None:
+        if seconds > SLOW_FRAME:
+            self.frame_limit = max(MIN_FRAME, min(size, self.frame_limit) // 2)
+        elif seconds < SLOW_FRAME / 4 and size >= self.frame_limit:
+            self.frame_limit = min(MAX_FRAME, self.frame_limit * 2)
+
+    def close(self) -> None:
+        """The connection is gone: whoever waits is told."""
+        self._closed = True
+        self._drained.set()
+        for frame in self._frames:
+            frame.done.set()
+        self._frames.clear()
