@@ -71,8 +71,8 @@ class _IdleFrames:
         self._left -= 1
         if self._left < 0:
             now = trio.current_time()
-            earned = (now - self._since) * IDLE_RATE + carried - self._carried
-            self._left = min(float(IDLE_BURST), self._left + earned)
+            self._left += min(IDLE_BURST, (now - self._since) * IDLE_RATE)
+            self._left += min(INITIAL_WINDOW, carried - self._carried)
             self._since, self._carried = now, carried
             if self._left < 0:
                 raise SessionBroken("it sends frames without end that carry nothing")

@@ -1,0 +1,138 @@
+"""What is sent, in which order, and how much at a time on a slow link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from p2pfl_torrent.overlay.outbox import (
+    DATA,
+    HEADER,
+    MAX_FRAME,
+    MIN_FRAME,
+    PING,
+    SLOW_FRAME,
+    SYN,
+    WINDOW_UPDATE,
+    Outbox,
+)
+
+
+@dataclass
+class Link:
+    """A session on a link of so many bytes a second; remembers what left when."""
+
+    rate: float
+    left: list[tuple[float, tuple[int, int, int]]] = field(default_factory=list)
+    messages: list[int] = field(default_factory=list)
+
+    async def send(self, messages: Iterable[memoryview], size: int) -> None:
+        data = bytearray()
+        for message in messages:
+            data += message
+            self.messages.append(len(message))
+            await trio.sleep(len(message) / self.rate)
+        assert len(data) == size
+        self.left += [(trio.current_time(), what) for what in frames(data)]
+
+
+def frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """Type, stream and length of each."""
+    while data:
+        _, kind, _, number, length = HEADER.unpack_from(data)
+        yield kind, number, length
+        data = data[HEADER.size + (length if kind == DATA else 0) :]
+
+
+@dataclass
+class Bulk:
+    """A stream without windows."""
+
+    stream_id: int
+    outbox: Outbox
+
+    async def write(self, size: int) -> None:
+        while size:
+            count = min(size, self.outbox.frame_limit)
+            await self.outbox.send(self, [memoryview(bytes(count))], count)
+            size -= count
+
+    def withdrawn(self, count: int) -> None:
+        raise AssertionError("nothing is cancelled here")
+
+
+async def test_control_goes_first_and_streams_take_turns(autojump_clock: MockClock) -> None:
+    link = Link(rate=1e9)
+    outbox = Outbox(link)
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as writing:
+            for number in (1, 3, 5):
+                writing.start_soon(Bulk(number, outbox).write, 1 << 20)
+            await trio.testing.wait_all_tasks_blocked()
+            outbox.say(PING, SYN, 0)
+            outbox.grant(3, 1000)
+            outbox.grant(3, 24)
+            nursery.start_soon(outbox.run)
+        nursery.cancel_scope.cancel()
+    sent = [what for _, what in link.left]
+    assert sent[:2] == [(PING, 0, 0), (WINDOW_UPDATE, 3, 1024)]
+    numbers = [number for kind, number, _ in sent if kind == DATA]
+    turns = [set(numbers[n : n + 3]) for n in range(0, len(numbers) - 3, 3)]
+    assert turns == [{1, 3, 5}] * len(turns)
+    assert outbox.carried == 3 << 20
+
+
+@pytest.mark.parametrize("kbit", [128, 1000, 10_000])
+async def test_a_heartbeat_waits_for_a_short_frame_only(
+    kbit: int, autojump_clock: MockClock
+) -> None:
+    """Bulk and a ping each second, on a link that was fast until the bulk began."""
+    link = Link(rate=kbit * 125)
+    outbox = Outbox(link)
+    outbox.frame_limit = MAX_FRAME
+    waits: list[float] = []
+
+    async def beat() -> None:
+        for number in range(1000, 1030):
+            said = trio.current_time()
+            outbox.say(PING, SYN, 0, number)
+            await outbox.flush()
+            waits.append(trio.current_time() - said)
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        nursery.start_soon(Bulk(1, outbox).write, 64 << 20)
+        await trio.sleep(MAX_FRAME / link.rate * 3)  # the frames of before
+        await beat()
+        nursery.cancel_scope.cancel()
+    assert max(waits) <= max(SLOW_FRAME, MIN_FRAME / link.rate) * 1.5
+    assert outbox.frame_limit >= MIN_FRAME
+
+
+async def test_a_fast_link_gets_whole_pieces(autojump_clock: MockClock) -> None:
+    link = Link(rate=1e9)
+    outbox = Outbox(link)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await Bulk(1, outbox).write(16 << 20)
+        nursery.cancel_scope.cancel()
+    assert link.left[-2][1] == (DATA, 1, MAX_FRAME)
+
+
+async def test_a_large_part_is_not_joined_with_what_is_before_it(
+    autojump_clock: MockClock,
+) -> None:
+    link = Link(rate=1e9)
+    outbox = Outbox(link)
+    outbox.frame_limit = MAX_FRAME
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        head, body = b"head of a piece", bytes(200_000)
+        await outbox.send(Bulk(1, outbox), [head, body], len(head) + len(body))
+        nursery.cancel_scope.cancel()
+    assert link.messages == [HEADER.size + len(head), 65519, 65519, 65519, 200_000 - 3 * 65519]
