@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
@@ -39,7 +40,9 @@ class Peer:
         config: this peer's configuration.
         model: any ``torch.nn.Module``; its ``state_dict`` is what is exchanged, as
             ``chunk.include``, ``exclude`` and ``norm_policy`` say.
-        evaluate: scores the model before and after each merge, for the report.
+        evaluate: scores the model before and after each merge, for the report, in the thread that
+            calls ``exchange``. An error in it comes out of that call; after the merge the round is
+            over all the same.
         optimizer: needed for ``federate.on_merge: reset``.
         calibration: batches for ``chunk.norm_policy: recalibrate``.
         on_address: told each multiaddr under which this peer can be reached as soon as it listens,
@@ -226,9 +229,8 @@ class Peer:
         before = self._model.score()
         arrays = self._model.arrays()
         merged = self._call(self._node.exchange, arrays, num_samples, metrics or {})
-        report = self._model.merged(merged.arrays, merged.report, before)
-        self._soon(self._node.finished, report)
-        return report
+        finished = partial(self._soon, self._node.finished)
+        return self._model.merged(merged.arrays, merged.report, before, finished)
 
     def _soon(self, function: Callable[..., object], *args: object) -> None:
         try:

@@ -28,7 +28,7 @@ class LocalModel:
     """A model, its optimizer, and what else the user handed over with it.
 
     Args:
-        evaluate: called before and after each merge, in the thread that called ``exchange``.
+        evaluate: called before and after each merge.
         optimizer: needed for ``federate.on_merge: reset``, which empties its state after merging.
         calibration: batches (tensors, or tuples with the input first) for
             ``chunk.norm_policy: recalibrate``.
@@ -87,21 +87,32 @@ class LocalModel:
         return scores.get("loss"), scores.get("accuracy")
 
     def merged(
-        self, arrays: Arrays | None, report: RoundReport, before: tuple[float | None, float | None]
+        self,
+        arrays: Arrays | None,
+        report: RoundReport,
+        before: tuple[float | None, float | None],
+        tell: Callable[[RoundReport], object],
     ) -> RoundReport:
-        """Take an exchange's outcome into the model; the report with the scores filled in."""
-        if arrays is None:
-            return replace(report, loss_before=before[0], accuracy_before=before[1])
-        self.load(arrays)
-        if self._recalibrates and self._calibration is not None:
-            recalibrate(self.model, self._calibration)
+        """Take an exchange's outcome into the model; the report with the scores filled in.
+
+        Args:
+            tell: given the report, without what the user's ``evaluate`` or batches failed to give:
+                the round is over all the same.
+        """
+        report = replace(report, loss_before=before[0], accuracy_before=before[1])
+        if arrays is not None:
+            self.load(arrays)
+        try:
+            if arrays is not None:
+                report = self._scored(report)
+        finally:
+            tell(report)
+        return report
+
+    def _scored(self, report: RoundReport) -> RoundReport:
         if self._optimizer is not None:
             self._optimizer.state.clear()
+        if self._recalibrates and self._calibration is not None:
+            recalibrate(self.model, self._calibration)
         loss, accuracy = self.score()
-        return replace(
-            report,
-            loss_before=before[0],
-            accuracy_before=before[1],
-            loss_after=loss,
-            accuracy_after=accuracy,
-        )
+        return replace(report, loss_after=loss, accuracy_after=accuracy)

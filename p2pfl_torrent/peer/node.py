@@ -156,6 +156,7 @@ class Node:
         self._nursery = nursery
         genesis = found.genesis
         self._open_parts(genesis)
+        await self._restore()  # before anybody can ask for it
         self._serve()
         nursery.start_soon(self._publish)
         nursery.start_soon(self._follow_topics)
@@ -166,9 +167,8 @@ class Node:
         self.feed.emit(
             Joined(genesis.swarm_id.hex(), PeerId(self.peer_id), 0, len(self._members) + 1)
         )
-        self._restore()
         if not self.config.bittorrent.enable:
-            self._begin_with_own_weights(genesis)
+            await self._begin_with_own_weights()
         elif not await self._enter_running():
             with trio.CancelScope() as self._waiting:
                 if self._better is None:
@@ -297,14 +297,11 @@ class Node:
             max_num_samples=self._terms.rounds.max_num_samples,
         )
 
-    def _restore(self) -> None:
-        """Tell the machine what an earlier life of this peer left in the store."""
+    async def _restore(self) -> None:
+        """Tell the machine what an earlier life of this peer left in the store, hashed again."""
         counted = self._store.counted()
         for manifest in self._store.manifests():
-            blocks = {
-                chunk: self._store.verified_blocks(manifest.update, chunk)
-                for chunk in range(len(manifest.entries))
-            }
+            blocks = await trio.to_thread.run_sync(self._verified_blocks, manifest)
             held = Bitfield(len(manifest.entries))
             for chunk, verified in blocks.items():
                 if verified.complete:
@@ -316,6 +313,12 @@ class Node:
                 continue
             counted_in = counted.get(manifest.update)
             self._exchange.feed(ev.Restored(manifest, held, blocks, counted_in))
+
+    def _verified_blocks(self, manifest: Manifest) -> dict[int, Bitfield]:
+        return {
+            chunk: self._store.verified_blocks(manifest.update, chunk)
+            for chunk in range(len(manifest.entries))
+        }
 
     # --- entering the swarm ------------------------------------------------------------------
 
@@ -330,7 +333,7 @@ class Node:
         claims = await self._catch_up.claims(self._others())
         furthest = max((claim.round for claim in claims.values()), default=0)
         last = self._store.last_round()
-        if last is not None and last[0] + 1 >= furthest and self._is_sound(last, furthest):
+        if last is not None and last[0] + 1 >= furthest and await self._is_sound(last, furthest):
             self._driver.set_ready(last[0] + 1)
             self._rounds.resume(last[0] + 1, last[1])
             return True
@@ -344,27 +347,27 @@ class Node:
                 f"{patience:g} s; try again, or enter through another member."
             )
         self._driver.set_ready(taken.round + 1)
-        self._rounds.take_over(taken)
+        await self._rounds.take_over(taken)
         return True
 
-    def _is_sound(self, last: tuple[int, bytes], furthest: int) -> bool:
+    async def _is_sound(self, last: tuple[int, bytes], furthest: int) -> bool:
         """Whether the last checkpoint holds what was saved; if not, others' state will do.
 
         Raises:
             StoreError: it does not, and there are no others.
         """
         try:
-            self._checkpoints.load(*last)
+            await trio.to_thread.run_sync(self._checkpoints.load, *last)
         except StoreError:
             if furthest == 0:
                 raise
             return False
         return True
 
-    def _begin_with_own_weights(self, genesis: Genesis) -> None:
+    async def _begin_with_own_weights(self) -> None:
         assert self._weights is not None
         self._driver.set_ready(1)
-        self._rounds.begin(1, self._weights, self._initial_hash)
+        await self._rounds.begin(1, self._weights, self._initial_hash)
 
     async def _begin_with_others(self, genesis: Genesis) -> None:
         """Wait for the first members, agree on the start weights, and begin round 1."""
@@ -372,7 +375,7 @@ class Node:
         initial = bytes.fromhex(genesis.initial_hash)
         with trio.move_on_after(rounds.join_timeout):
             weights = await self._initial_weights(initial)
-            self._checkpoints.save(0, weights)
+            await trio.to_thread.run_sync(self._checkpoints.save, 0, weights)
             self._driver.set_ready(1)
             await self._exchange.until(lambda: len(self._members) >= rounds.client_num)
         if len(self._members) < min(rounds.min_members, rounds.client_num):

@@ -99,22 +99,31 @@ class Rounds:
 
     # --- beginning ---------------------------------------------------------------------------
 
-    def begin(self, round: int, arrays: Arrays, base_hash: bytes) -> None:
+    async def begin(self, round: int, arrays: Arrays, base_hash: bytes) -> None:
         """Begin a round from weights that are this peer's own alone."""
-        self._checkpoints.save(round - 1, arrays)
+        await self._keep(round - 1, arrays)
         self._begin(round, base_hash, caught_up=False)
 
-    def take_over(self, taken: Taken) -> None:
+    async def take_over(self, taken: Taken) -> None:
         """Begin a round from the state of another peer.
 
         The round before is finished by that, so that a restart goes on from here; and what the
         state is known to hold is recorded, so that it is counted no second time then.
         """
         before = taken.round - 1
-        self._checkpoints.save(before, taken.arrays)
+        await self._keep(before, taken.arrays)
         self._store.finish_round(before, TAKEN, taken.base_hash, b"{}", ())
         self._begin(taken.round, taken.base_hash, caught_up=True)
         self._note_taken()
+
+    async def _keep(self, round: int, arrays: Arrays) -> None:
+        """Keep a round's weights, and the last before it: those of the last finished round."""
+
+        def save() -> None:
+            self._checkpoints.save(round, arrays)
+            self._checkpoints.prune(KEPT_CHECKPOINTS)
+
+        await trio.to_thread.run_sync(save)
 
     def _note_taken(self) -> None:
         """Record what earlier aggregates hold, also those that were made by others."""
@@ -134,7 +143,6 @@ class Rounds:
         self.round, self.base_hash, self._underway = round, base_hash, None
         self.phase = "training" if is_to_train else "seeding"
         forgotten = tuple(self._store.prune(round))
-        self._checkpoints.prune(KEPT_CHECKPOINTS)
         self._exchange.round_begun(ev.RoundBegun(round, forgotten, caught_up))
         if is_to_train:
             members = len(self._exchange.swarm.live)
@@ -167,7 +175,7 @@ class Rounds:
             if self._underway is None:
                 self._underway = await self._publish_update(arrays, num_samples, began)
             if self._underway is None:
-                return self._solo(arrays, metrics, began)
+                return await self._solo(arrays, metrics, began)
             return await self._finish(self._underway, metrics)
         finally:
             self._is_called = False
@@ -301,7 +309,7 @@ class Rounds:
             below_min_completion=close.below_min_completion,
             metrics=dict(metrics),
         )
-        self._checkpoints.save(self.round, out)
+        await self._keep(self.round, out)
         self._note_taken()
         self._store.finish_round(
             self.round,
@@ -321,7 +329,7 @@ class Rounds:
         taken = await self._catch_up.take(lambda: members, missed + 1, patience)
         if taken is None:
             return None
-        self.take_over(taken)
+        await self.take_over(taken)
         report = RoundReport(
             round=missed,
             next_round=taken.round,
@@ -342,15 +350,15 @@ class Rounds:
         )
         return Merged(taken.arrays, report)
 
-    def _solo(self, arrays: Arrays, metrics: Mapping[str, float], began: float) -> Merged:
+    async def _solo(self, arrays: Arrays, metrics: Mapping[str, float], began: float) -> Merged:
         """Too few members: nothing is merged, and the round number stays.
 
         Where there is no exchange at all (``bittorrent.enable: false``) the round is done.
         """
         round, base_hash = self.round, self.base_hash
         if not self._enabled:
-            base_hash = model_hash(self._layout.spec, arrays)
-            self.begin(round + 1, arrays, base_hash)
+            base_hash = await trio.to_thread.run_sync(model_hash, self._layout.spec, arrays)
+            await self.begin(round + 1, arrays, base_hash)
         report = RoundReport(
             round=round,
             next_round=self.round,

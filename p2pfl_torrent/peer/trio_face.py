@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -30,7 +31,9 @@ class AsyncPeer:
     is waited for, unless it was started with ``abandon_on_cancel=True``. Without that argument,
     trio raises it in whatever code runs just then, perhaps libp2p's: nothing can be promised.
 
-    Args: as ``Peer``; ``on_address`` is called in trio's own thread.
+    Args: as ``Peer``; ``on_address`` is called in trio's own thread, ``evaluate`` in a worker
+        thread, where torch's settings of the calling thread (autocast, current device) do not hold;
+        once the aggregate has come it is waited for even by who cancels ``exchange``.
 
     Raises (on entering):
         ConfigError, GenesisMismatchError, JoinError and the other P2PFLErrors, one sentence each.
@@ -56,7 +59,7 @@ class AsyncPeer:
         await self._stack.__aenter__()
         try:
             await self._stack.enter_async_context(open_node(self._node))
-            self._model.load(self._node.start_weights())
+            await trio.to_thread.run_sync(self._model.load, self._node.start_weights())
         except BaseException as error:
             # The block is never entered, so nobody else would close what is open.
             with trio.CancelScope(shield=True):
@@ -95,11 +98,14 @@ class AsyncPeer:
         A call that was cancelled may be repeated: it goes on with the exchange of the same round,
         with the update that was published.
         """
-        before = self._model.score()
-        merged = await self._node.exchange(self._model.arrays(), num_samples, metrics or {})
-        report = self._model.merged(merged.arrays, merged.report, before)
-        self._node.finished(report)
-        return report
+        before = await trio.to_thread.run_sync(self._model.score)
+        arrays = await trio.to_thread.run_sync(self._model.arrays)
+        merged = await self._node.exchange(arrays, num_samples, metrics or {})
+        finished = partial(trio.from_thread.run_sync, self._node.finished)
+        with trio.CancelScope(shield=True):  # the next round has begun: the model must begin it too
+            return await trio.to_thread.run_sync(
+                self._model.merged, merged.arrays, merged.report, before, finished
+            )
 
     def progress(self, done: int, total: int, loss: float | None = None) -> None:
         """Tell watchers how far this round's training is (batches, epochs: any unit)."""
