@@ -183,7 +183,7 @@ class Absences:
     """
 
     def __init__(self) -> None:
-        self._since: dict[PeerId, int] = {}  # live members alone: that bounds it
+        self._since: dict[PeerId, int] = {}  # members, living or given up: that bounds it
         self._dropped: set[tuple[PeerId, int]] = set()
 
     def came_too_late(self, owner: PeerId, round: int) -> None:
@@ -202,14 +202,22 @@ class Absences:
         round: int,
         missing: Collection[PeerId],
         live: Collection[PeerId],
+        dead: Collection[PeerId],
         counted: Collection[Count],
     ) -> list[tuple[PeerId, int]]:
-        """A round closed without some live members; (owner, round) of what is reported with it."""
-        since = {owner: self._since.get(owner, round) for owner in missing if owner in live}
+        """A round closed without some members; (owner, round) of what is reported with it.
+
+        Who is away stays so until a round counts its own update of that round: one that was given
+        up and comes back is not waited for at first.
+        """
+        away = {*self._since, *missing, *dead}.intersection((*live, *dead))
+        since = {owner: self._since.get(owner, round) for owner in away}
         for count in counted:
-            owner = count.manifest.owner
+            owner, trained = count.manifest.owner, count.manifest.round
             if owner in since:
-                since[owner] = max(since[owner], count.manifest.round + 1)
+                since[owner] = max(since[owner], trained + 1)
+                if trained == round:
+                    del since[owner]
         self._since = since
         dropped, self._dropped = self._dropped, set()
         return sorted(dropped)

@@ -609,7 +609,8 @@ class Swarm:
         # A member whose update is here in part is reported there, not as missing.
         heard = {count.manifest.owner for count in counted if count.status != "late"}
         missing = tuple(member for member in state.waiting_for if member not in heard)
-        dropped.update(self._absences.closed(self.round, missing, self.live.keys(), counted))
+        away = self._absences.closed(self.round, missing, self.live.keys(), self.dead, counted)
+        dropped.update(away)
         close = ev.CloseRound(
             round=self.round,
             closed_by=closed_by,

@@ -462,6 +462,35 @@ def test_an_update_too_late_even_to_be_fetched_is_reported_dropped_once(gossip: 
     assert agree(world, "abc", 4)
 
 
+@pytest.mark.parametrize("waited_from", [1, 6])
+def test_the_too_late_update_of_a_member_that_was_given_up_is_reported_dropped_once(
+    waited_from: int,
+) -> None:
+    world = World("abc", terms=terms(max_staleness=1, exchange_timeout=5.0))
+    world.play(1)
+    world.members("ab", dead="c")
+    for round in (2, 3, 4):
+        world.play(round, "ab")
+    world.begin(5, "ab")
+    live = {PeerId("a"): 1, PeerId("b"): 1, PeerId("c"): waited_from}
+    for name in "abc":
+        world.feed(name, ev.MembersNow(live, frozenset()))
+    old = world.update("c", 2).encode()
+    for name in "ab":
+        world.feed(name, ev.ManifestGossip(PeerId("c"), old))
+        world.feed(name, ev.ManifestGossip(PeerId("b"), world.update("c", 1).encode()))
+    world.begin(5, "c", caught_up=True)
+    for round in (5, 6):
+        for name in "abc":
+            world.publish(name, round)
+        finish(world, "abc", round)
+        world.begin(round + 1)
+        for name in "ab":
+            world.feed(name, ev.ManifestGossip(PeerId("c"), old))  # said again
+    for name in "ab":
+        assert [world[name].closed[round].dropped for round in (5, 6)] == [(("c", 2),), ()]
+
+
 def test_an_update_that_left_the_store_uncounted_is_reported_dropped() -> None:
     world = World("abc", edges=["ab"], terms=terms(max_staleness=1))
     world.begin(1)
