@@ -21,14 +21,14 @@ class KnownUpdate:
 
     Attributes:
         counted_in: the round whose aggregate it went into, here.
-        after_deadline: it became known when its round was over, so nobody counted it in that one.
+        came_late: it became known when its round was over here, so it was not counted in that one.
         dropped: it was reported as too late to count.
     """
 
     manifest: Manifest
     held: Bitfield
     counted_in: int | None = None
-    after_deadline: bool = False
+    came_late: bool = False
     dropped: bool = False
 
 

@@ -255,7 +255,7 @@ class Swarm:
         as that still matters.
         """
         update, round = known.manifest.update, known.manifest.round
-        if known.counted_in is not None or round >= self.round or known.after_deadline:
+        if known.counted_in is not None or round >= self.round or known.came_late:
             return []
         if round > left and round >= self._oldest_round():
             return self.fetching.ask_about(update)
@@ -355,9 +355,7 @@ class Swarm:
                 effects.extend(self.serving.show_manifests(first.manifest, manifest))
             return effects
         known = self.ledger.add(manifest)
-        known.after_deadline = manifest.round < self.round or (
-            self.clock is not None and manifest.round == self.round and self.clock.passed(now)
-        )
+        known.came_late = self._is_over(manifest.round, now)
         effects.append(ev.StoreManifest(manifest))
         self.fetching.learned(manifest, self.ledger.ages(manifest.owner, manifest.round))
         header = manifest.header
@@ -368,6 +366,11 @@ class Swarm:
         self._settling_since = now
         effects.extend(self._contained(manifest.update))
         return effects + self._ask(now)
+
+    def _is_over(self, round: int, now: float) -> bool:
+        if self.clock is None or round != self.round:
+            return round < self.round
+        return self.phase in ("missed", "closed") or self.clock.passed(now)
 
     # --- members and rounds ------------------------------------------------------------------
 
@@ -394,7 +397,7 @@ class Swarm:
         effects: list[Effect] = []
         for update in stimulus.forgotten:
             known = self.ledger.get(update)
-            if known is not None and (known.after_deadline or not stimulus.caught_up):
+            if known is not None and (known.came_late or not stimulus.caught_up):
                 self._absences.forgotten(known)
             effects.extend(self.fetching.forget(update))
             self.ledger.forget(update)
@@ -451,7 +454,7 @@ class Swarm:
             self.ledger.add(manifest, Bitfield.full(len(self.layout.chunks)))
             effects.append(ev.StoreManifest(manifest))
         known = self.ledger[manifest.update]
-        known.after_deadline = missed
+        known.came_late = missed
         self._moved = True
         self.clock.published(self.local)
         effects.append(ev.PublishManifest(self._gossip_form(manifest)))

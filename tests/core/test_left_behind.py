@@ -149,3 +149,19 @@ def test_headers_of_the_next_round_leave_nobody_behind() -> None:
     world.publish("h")
     world.run(1.0)
     assert world["h"].missed == []
+
+
+def test_what_came_after_an_early_closing_was_not_counted_in_time() -> None:
+    """a closes round 1 without x, whose update it hears of then, and misses round 2."""
+    world = World("abx", edges=["ab"], terms=terms(max_staleness=3))
+    world.members("ab", dead="x")
+    world.play(1, "ab")
+    world.feed("a", ev.ManifestGossip(PeerId("x"), world.update("x", 1).encode()))
+    world.begin(2)
+    world.run(LONG.train_timeout)
+    world.publish("a", 2)
+    assert world["a"].missed == [2]
+    world.begin(3, "a", caught_up=True)
+    known = world["a"].swarm.ledger.update_of(PeerId("x"), 1)
+    assert known is not None
+    assert known.counted_in is None
