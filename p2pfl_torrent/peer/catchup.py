@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from p2pfl_torrent.protocols.state import State, ask_state, fetch_state
 
 MAX_ASKED = 8  # members asked at once: a majority of these is a fair sample of any swarm
 ASK_PATIENCE = 10.0  # seconds for a claim
-POLL_INTERVAL = 0.2  # seconds between two looks at whether the others have moved on
+FIRST_PAUSE = 0.2  # seconds between two looks at whether the others have moved on
+MAX_PAUSE = 5.0  # seconds; it doubles, as each look is a stream to each of those asked
 
 OpenState = Callable[[PeerId], Awaitable[ByteStream]]
 """Opens a state stream to a member; EdgeClosedError when that fails."""
@@ -42,14 +44,22 @@ class Taken:
 class CatchUp:
     """Asks members what round the swarm is in, and takes its start weights from one of them."""
 
-    def __init__(self, spec: ModelSpec, swarm: bytes, quorum: float, open_state: OpenState) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        swarm: bytes,
+        quorum: float,
+        open_state: OpenState,
+        rng: random.Random,
+    ) -> None:
         self._layout = checkpoint_layout(spec)
         self._swarm = swarm
         self._quorum = quorum
         self._open = open_state
+        self._rng = rng
 
     async def claims(self, members: Sequence[PeerId]) -> dict[PeerId, State]:
-        """What members say, those that answer in time."""
+        """What some of the members say, drawn at random; those that answer in time."""
         result: dict[PeerId, State] = {}
 
         async def ask(peer: PeerId) -> None:
@@ -66,14 +76,19 @@ class CatchUp:
                     result[peer] = claim
 
         async with trio.open_nursery() as nursery:
-            for peer in members[:MAX_ASKED]:
+            for peer in self._rng.sample(members, min(MAX_ASKED, len(members))):
                 nursery.start_soon(ask, peer)
         return result
 
     async def take(
         self, members: Callable[[], Sequence[PeerId]], at_least: int, patience: float
     ) -> Taken | None:
-        """The swarm's state of round ``at_least`` or later; None if none came in ``patience`` s."""
+        """The swarm's state of round ``at_least`` or later; None if none came in ``patience`` s.
+
+        Args:
+            members: those to ask, looked up anew each time.
+        """
+        pause = FIRST_PAUSE
         deadline = trio.current_time() + patience
         with trio.move_on_at(deadline):
             while trio.current_time() < deadline:
@@ -85,7 +100,8 @@ class CatchUp:
                             arrays = await self.fetch(peer, base_hash)
                             if arrays is not None:
                                 return Taken(round, base_hash, arrays, attested)
-                await trio.sleep(POLL_INTERVAL)
+                await trio.sleep(pause)
+                pause = min(MAX_PAUSE, 2 * pause)
         return None
 
     def _ranked(

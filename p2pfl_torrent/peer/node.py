@@ -270,7 +270,7 @@ class Node:
             on_other_swarm=self._other_swarm,
         )
         catch_up = CatchUp(
-            self._spec, self._swarm_id, genesis.terms.rounds.quorum, self._open_state
+            self._spec, self._swarm_id, genesis.terms.rounds.quorum, self._open_state, self._rng
         )
         self._catch_up = catch_up
         self._rounds = Rounds(

@@ -323,10 +323,9 @@ class Rounds:
 
     async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:
         """The round went on without us: take over the state that the others go on from."""
-        members = sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
         patience = self._genesis.terms.rounds.exchange_timeout
         missed = self.round
-        taken = await self._catch_up.take(lambda: members, missed + 1, patience)
+        taken = await self._catch_up.take(self._others, missed + 1, patience)
         if taken is None:
             return None
         await self.take_over(taken)
@@ -349,6 +348,9 @@ class Rounds:
             metrics=dict(metrics),
         )
         return Merged(taken.arrays, report)
+
+    def _others(self) -> list[PeerId]:
+        return sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
 
     async def _solo(self, arrays: Arrays, metrics: Mapping[str, float], began: float) -> Merged:
         """Too few members: nothing is merged, and the round number stays.
