@@ -189,7 +189,7 @@ class Fetching:
     def ask_about(self, update: UpdateId) -> list[Effect]:
         """Ask every holder of an update that is known here whether it has counted it."""
         return [
-            ToHolder(peer, GetManifest(update))
+            ToHolder(peer, GetManifest(update, is_known=True))
             for peer in sorted(self._remote)
             if update in self._remote[peer].held
         ]

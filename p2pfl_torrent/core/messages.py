@@ -85,9 +85,14 @@ class Have(msgspec.Struct, frozen=True, array_like=True, tag=5):
 
 
 class GetManifest(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """Fetcher -> holder: send me this manifest. Answered by ManifestData or NoManifest."""
+    """Fetcher -> holder: send me this manifest. Answered by ManifestData or NoManifest.
+
+    Attributes:
+        is_known: it is here; the Availability before the answer is all that is wanted.
+    """
 
     update: Hash
+    is_known: bool = False
 
 
 class ManifestData(msgspec.Struct, frozen=True, array_like=True, tag=7):

@@ -97,8 +97,10 @@ class Serving:
                 return [ToFetcher(peer, NoManifest(message.update))]
             # Whoever asks may have been away for rounds: it must learn before it counts the update
             # whether the state that it has taken over holds it.
-            held = Availability((chunks_of(known),))
-            return [ToFetcher(peer, held), ToFetcher(peer, ManifestData(known.manifest.encode()))]
+            held = ToFetcher(peer, Availability((chunks_of(known),)))
+            if message.is_known:
+                return [held]
+            return [held, ToFetcher(peer, ManifestData(known.manifest.encode()))]
         raise RemoteProtocolError(f"{type(message).__name__} on a stream for questions", peer)
 
     def _requested(self, peer: PeerId, request: Request) -> list[Effect]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.messages import Availability, GetManifest
 from p2pfl_torrent.core.peers import PeerId
 from tests.core.swarm_world import World, terms
 
@@ -124,6 +125,18 @@ def test_what_the_others_have_not_counted_yet_is_counted_with_them() -> None:
     counted = {world[name].counts(5) for name in "abcsh"}
     assert len(counted) == 1
     assert ("s", 4) in {(owner, of) for owner, of, _, _, _ in counted.pop()}
+
+
+def test_who_has_a_manifest_asks_only_whether_it_was_counted() -> None:
+    world = World("ab")
+    world.play(1)
+    update = world["b"].updates[1]
+    asked = world["a"].swarm.fetching.ask_about(update)
+    assert asked == [ev.ToHolder(PeerId("b"), GetManifest(update, is_known=True))]
+    answers = world.feed("b", ev.FromFetcher(PeerId("a"), GetManifest(update, is_known=True)))
+    [answer] = [effect.message for effect in answers if isinstance(effect, ev.ToFetcher)]
+    assert isinstance(answer, Availability)
+    assert [(item.update, item.counted_in) for item in answer.updates] == [(update, 1)]
 
 
 def test_one_member_far_ahead_moves_nobody() -> None:

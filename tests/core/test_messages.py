@@ -28,7 +28,7 @@ control = st.one_of(
         ).map(tuple),
     ),
     st.builds(m.Have, hashes, st.lists(st.integers(0, 0xFFFF), max_size=9).map(tuple)),
-    st.builds(m.GetManifest, hashes),
+    st.builds(m.GetManifest, hashes, st.booleans()),
     st.builds(m.ManifestData, st.binary(max_size=200)),
     st.builds(m.NoManifest, hashes),
     st.builds(
