@@ -114,7 +114,10 @@ def _cells(peer: PeerState, width: int, ascii_only: bool) -> list[RenderableType
     shown = peer.snapshot
     done, total = peer.training
     training = bar(done, total, 10, ascii_only=ascii_only)
-    chunks = chunk_map(_others(shown), 24 if width >= MEDIUM else 12, ascii_only=ascii_only)
+    places = 24 if width >= MEDIUM else 12
+    chunks = chunk_map(_others(shown), places, ascii_only=ascii_only)
+    if peer.phase in ("seeding", "left") and not _others(shown):  # no round is under way any more
+        chunks = (ASCII_SHADES if ascii_only else SHADES)[-1] * places
     if width < MEDIUM and peer.phase in ("training", "joining", "starting"):
         chunks = bar(done, total, 12, ascii_only=ascii_only)
     neighbours = shown.neighbours if shown is not None else ()

@@ -219,3 +219,14 @@ def test_on_a_terminal_frames_are_drawn_in_place_and_without_colour_if_asked(
     for colour in range(30, 38):
         assert f"\x1b[{colour}m" not in written
     assert "peer 1: round 2 finished" in written
+
+
+@pytest.mark.parametrize("phase", ["seeding", "left"])
+def test_the_chunks_of_a_peer_that_has_all_are_all_there(phase: str) -> None:
+    swarm = a_swarm()
+    shown = replace(snapshot(0), round=9, progress=(), completeness=1.0, phase="seeding")
+    swarm.observe("peer 1", shown)
+    swarm.peers["peer 1"].phase = phase
+    row, *_ = [line for line in drawn(views.live(swarm, 120, 40), 120) if "peer 1" in line]
+    assert views.SHADES[-1] * 24 in row
+    assert views.chunk_map([], 24) not in row
