@@ -105,6 +105,7 @@ class Exchange:
     ) -> None:
         self.swarm = swarm
         self.edges: dict[PeerId, Edge] = {}
+        self.forgotten = Edge(swarm.local)  # the bytes of all edges that are kept no more
         self._store = store
         self._dialer = dialer
         self._around = surroundings
@@ -215,11 +216,11 @@ class Exchange:
 
     def _forget_strangers(self) -> None:
         """Forget those who were here and are gone, and are no members."""
-        self.edges = {
-            peer: edge
-            for peer, edge in self.edges.items()
-            if edge.open or peer in self._keepers or peer in self.swarm.live
-        }
+        for peer, edge in list(self.edges.items()):
+            if not (edge.open or peer in self._keepers or peer in self.swarm.live):
+                del self.edges[peer]
+                self.forgotten.down.include(edge.down)
+                self.forgotten.up.include(edge.up)
 
     async def _keep(self, peer: PeerId, keeper: _Keeper) -> None:
         with keeper.scope:

@@ -81,6 +81,11 @@ class Traffic:
         self._window = self._decayed(now) + size
         self._since = now
 
+    def include(self, other: Traffic) -> None:
+        """Count another edge's bytes as well."""
+        self.payload += other.payload
+        self.control += other.control
+
     def rate(self, now: float) -> float:
         """Bytes per second over about the last RATE_HORIZON seconds."""
         return self._decayed(now) / RATE_HORIZON

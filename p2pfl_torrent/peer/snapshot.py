@@ -28,6 +28,7 @@ def take_statistics(
     state = swarm.standing()
     deadline = swarm.clock.deadline if swarm.clock is not None else None
     edges = [edge for _, edge in sorted(exchange.edges.items())]
+    counted = [*edges, exchange.forgotten]
     return PeerStatistics(
         peer=swarm.local,
         swarm=swarm_id.hex(),
@@ -44,11 +45,11 @@ def take_statistics(
             for known in swarm.ledger.countable(swarm.round, swarm.terms.max_staleness)
         ),
         completeness=state.completeness,
-        bytes_down=sum(edge.down.payload for edge in edges),
-        bytes_up=sum(edge.up.payload for edge in edges),
+        bytes_down=sum(edge.down.payload for edge in counted),
+        bytes_up=sum(edge.up.payload for edge in counted),
         bytes_duplicate=swarm.fetching.bytes_duplicate,
-        bytes_control_down=sum(edge.down.control for edge in edges),
-        bytes_control_up=sum(edge.up.control for edge in edges),
+        bytes_control_down=sum(edge.down.control for edge in counted),
+        bytes_control_up=sum(edge.up.control for edge in counted),
         requests_sent=swarm.fetching.requests_sent,
         blocks_refused=swarm.fetching.blocks_refused,
     )

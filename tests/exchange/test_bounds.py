@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import trio
@@ -17,6 +18,7 @@ from p2pfl_torrent.core.reports import PeerEvent
 from p2pfl_torrent.exchange.driver import HELLO_PATIENCE, MAX_BANNED, MAX_EDGES, Exchange
 from p2pfl_torrent.exchange.edges import MAX_WAITING
 from p2pfl_torrent.exchange.ports import Channel, EdgeClosedError, UpdateStore
+from p2pfl_torrent.peer.snapshot import take_statistics
 from tests.core.swarm_world import World, exchanging
 
 HELLO = m.Hello(b"s" * 32, 1, False, b"")
@@ -128,6 +130,30 @@ async def test_strangers_that_came_and_went_are_forgotten(autojump_clock: MockCl
         assert len(exchange.edges) <= MAX_EDGES
     assert PeerId("b") in exchange.edges  # a member
     assert PeerId(f"stranger {MAX_EDGES + 9}") in exchange.edges
+
+
+def bytes_ever(exchange: Exchange) -> int:
+    statistics = take_statistics(
+        exchange,
+        swarm_id=b"s" * 32,
+        round=1,
+        total_rounds=1,
+        phase="training",
+        topology="full",
+        members=(),
+        now=trio.current_time(),
+    )
+    return statistics.bytes_control_down
+
+
+async def test_what_forgotten_strangers_sent_stays_counted(autojump_clock: MockClock) -> None:
+    _, exchange = an_exchange()
+    for number in range(MAX_EDGES + 10):
+        says = iter([m.Ping(1)])
+        channel = FakeChannel(f"stranger {number}", partial(next, says, None), reads=True)
+        await exchange.serve(channel)
+    assert len(exchange.edges) < MAX_EDGES
+    assert bytes_ever(exchange) == MAX_EDGES + 10  # a FakeChannel's messages have one byte
 
 
 async def test_the_dropped_do_not_add_up_for_ever(autojump_clock: MockClock) -> None:
