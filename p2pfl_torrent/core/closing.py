@@ -221,8 +221,3 @@ class Absences:
         self._since = since
         dropped, self._dropped = self._dropped, set()
         return sorted(dropped)
-
-
-def published_by(ledger: Ledger, live: Set[PeerId], round: int) -> int:
-    """How many live members are known to have published in a round."""
-    return len(ledger.publishers(round) & live)

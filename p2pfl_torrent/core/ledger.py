@@ -100,10 +100,6 @@ class Ledger:
         if self._last.get(key, (0, update))[0] <= known.manifest.round:
             self._last[key] = (known.manifest.round, update)
 
-    def has_published(self, owner: PeerId, round: int) -> bool:
-        """Whether a header of that owner for that round was seen."""
-        return (round, owner) in self._slots
-
     def publishers(self, round: int) -> set[PeerId]:
         """Owners of whom a header for that round was seen."""
         return {owner for slot_round, owner in self._slots if slot_round == round}

@@ -151,10 +151,6 @@ class MembershipDriver:
         """See ``Membership.set_ready``."""
         self._apply(self.machine.set_ready(joined_round))
 
-    def set_addrs(self, addrs: Sequence[str]) -> None:
-        """See ``Membership.set_addrs``."""
-        self._apply(self.machine.set_addrs(addrs))
-
     def round_changed(self, round: int) -> None:
         """See ``Membership.round_changed``."""
         self.machine.round_changed(round)

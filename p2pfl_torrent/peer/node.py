@@ -70,8 +70,16 @@ from p2pfl_torrent.peer.snapshot import take_statistics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
 from p2pfl_torrent.protocols import members as members_protocol
 from p2pfl_torrent.protocols import state as state_protocol
-from p2pfl_torrent.store import Checkpoints, Store, StoreError, keep_genesis, load_genesis
+from p2pfl_torrent.store import (
+    Checkpoints,
+    Store,
+    StoreError,
+    forget_swarm,
+    keep_genesis,
+    load_genesis,
+)
 
+PROTOCOLS = (chunk_protocol.PROTOCOL_ID, members_protocol.PROTOCOL_ID, state_protocol.PROTOCOL_ID)
 MAX_QUEUED_GOSSIP = 64  # publications waiting; more are dropped, the edges repair
 PAUSE = 0.2  # seconds between two looks at who is there while joining
 
@@ -194,13 +202,14 @@ class Node:
 
     async def give_way(self) -> None:
         """Forget a swarm of which no round has begun, so that another can be entered."""
+        for protocol in PROTOCOLS:
+            self._host.remove_handler(protocol)
         for topic in list(self._followed):
             await self._gossip.unsubscribe(topic)
         for peer in self._host.connected():
             await self._host.disconnect(peer)
         self._parts.close()
-        for path in self._dir.glob("chunks.sqlite*"):
-            path.unlink()
+        forget_swarm(self._dir)
         self._followed, self._members, self._topics, self._better = set(), {}, {}, None
 
     def _kept_genesis(self) -> Genesis | None:
@@ -568,9 +577,8 @@ class Node:
             except RemoteProtocolError as error:
                 self._fault(PeerId(stream.remote), error.reason)
 
-        self._host.set_handler(chunk_protocol.PROTOCOL_ID, chunks)
-        self._host.set_handler(members_protocol.PROTOCOL_ID, members)
-        self._host.set_handler(state_protocol.PROTOCOL_ID, state)
+        for protocol, handler in zip(PROTOCOLS, (chunks, members, state), strict=True):
+            self._host.set_handler(protocol, handler)
 
     async def _open_state(self, peer: PeerId) -> ByteStream:
         addrs = self._driver.machine.addrs(peer)

@@ -5,7 +5,7 @@ May import the core only, and sqlite3 and files; knows neither the network nor t
 
 from p2pfl_torrent.store.checkpoints import Checkpoints
 from p2pfl_torrent.store.errors import StoreError
-from p2pfl_torrent.store.genesis import keep_genesis, load_genesis
+from p2pfl_torrent.store.genesis import forget_swarm, keep_genesis, load_genesis
 from p2pfl_torrent.store.updates import Store
 
-__all__ = ["Checkpoints", "Store", "StoreError", "keep_genesis", "load_genesis"]
+__all__ = ["Checkpoints", "Store", "StoreError", "forget_swarm", "keep_genesis", "load_genesis"]

@@ -39,5 +39,12 @@ def keep_genesis(state_dir: Path, genesis: Genesis) -> None:
         replace_file(path, [data])
 
 
+def forget_swarm(state_dir: Path) -> None:
+    """Delete what a closed store, its checkpoints and its genesis have left of a swarm."""
+    for pattern in ("chunks.sqlite*", "updates/*", "checkpoints/*", _path(state_dir).name):
+        for path in state_dir.glob(pattern):
+            path.unlink()
+
+
 def _path(state_dir: Path) -> Path:
     return state_dir / "genesis.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from p2pfl_torrent.core.aggregation import discount
-from p2pfl_torrent.core.closing import Standing, counts, published_by, standing, too_late
+from p2pfl_torrent.core.closing import Standing, counts, standing, too_late
 from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -103,7 +103,7 @@ def test_a_late_update_that_counts_fills_nothing_besides() -> None:
     assert [(c.manifest.round, dict(c.fills)) for c in found] == [(1, {}), (2, {})]
 
 
-def test_too_late_and_published() -> None:
+def test_too_late() -> None:
     first, second = update(1, "b"), update(2, "c")
     made = ledger((first, "#........"), (second, "........."))
     assert [known.manifest.owner for known in too_late(made, 4, 2)] == [B]
@@ -111,5 +111,3 @@ def test_too_late_and_published() -> None:
     assert too_late(made, 4, 2) == []
     made.count(second.update, (), 3)
     assert too_late(made, 9, 2) == []
-    assert published_by(made, {A, B, C}, 1) == 1
-    assert published_by(made, {A}, 1) == 0

@@ -75,9 +75,9 @@ def test_what_left_the_store_fills_no_more() -> None:
     made.forget(old.update)
     assert made.fill(A, 0, 2, 5) is None
     assert old.update not in made
-    assert made.has_published(A, 1)
+    assert A in made.publishers(1)
     made.forget_rounds_before(2)
-    assert not made.has_published(A, 1)
+    assert A not in made.publishers(1)
 
 
 def test_publishers_are_known_by_their_headers() -> None:

@@ -96,7 +96,7 @@ async def test_an_update_cut_short_before_it_was_published_is_forgotten(tmp_path
     async with open_node(again(tmp_path)) as node:
         assert node.round == 2
         ledger = node._exchange.swarm.ledger
-        assert not ledger.has_published(PeerId(node.peer_id), 2)
+        assert PeerId(node.peer_id) not in ledger.publishers(2)
         assert manifest.update not in {m.update for m in node._store.manifests()}
 
 

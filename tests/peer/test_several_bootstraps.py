@@ -24,6 +24,7 @@ from p2pfl_torrent.overlay.stream import Stream
 from p2pfl_torrent.peer.adapters import StreamPort
 from p2pfl_torrent.peer.identity import identity_of
 from p2pfl_torrent.peer.network import JoinError, find_swarm
+from p2pfl_torrent.peer.node import Node
 from p2pfl_torrent.protocols.members import PROTOCOL_ID, serve_members
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -104,7 +105,25 @@ async def test_a_bootstrap_that_missed_the_founding_makes_no_second_swarm() -> N
     assert one_model(reports)
 
 
-async def test_two_swarms_that_began_apart_become_one(tmp_path: Path) -> None:
+@pytest.fixture
+def left_over(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Files and protocols of each peer that has just given way to another swarm."""
+    found: list[set[str]] = []
+    give_way = Node.give_way
+
+    async def watched(node: Node) -> None:
+        await give_way(node)
+        files = {path.name for path in node._dir.rglob("*") if path.is_file()}
+        served = set(map(str, node._host.libp2p.get_mux().handlers))
+        found.append(files | {protocol for protocol in served if "p2pfl-torrent" in protocol})
+
+    monkeypatch.setattr(Node, "give_way", watched)
+    return found
+
+
+async def test_two_swarms_that_began_apart_become_one(
+    tmp_path: Path, left_over: list[set[str]]
+) -> None:
     """Each peer founds one at the only bootstrap peer that it reaches; then both are up."""
     places = [str(tmp_path / "1"), str(tmp_path / "2")]
     ids = [identity_of(Path(place)) for place in places]
@@ -124,6 +143,7 @@ async def test_two_swarms_that_began_apart_become_one(tmp_path: Path) -> None:
             other.down_for.clear()
     assert one_model(reports)
     assert {peer.statistics().swarm for peer in peers} == {min(swarms)}
+    assert left_over == [{"identity.key", "lock"}]
 
 
 # --- find_swarm by itself ------------------------------------------------------------------------
