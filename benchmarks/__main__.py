@@ -6,6 +6,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "aggregate": "averaging updates on disk: GB per CPU-second beside plain numpy, memory",
     "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
     "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",
 }

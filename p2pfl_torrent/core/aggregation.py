@@ -3,7 +3,8 @@
 Chunk k becomes sum(w_i x_ik) / sum(w_i) over the updates i that delivered it (McMahan et al. 2017,
 renormalised per chunk). Sums are element-wise in float64, owners in canonical order, with numpy's
 multiply and add only: no BLAS and no reduction whose order may vary, so peers that counted the
-same chunks hold the same bits.
+same chunks hold the same bits. Whole models are never in memory: versions come from mapped files,
+and what is merged goes on slice by slice.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2pfl_torrent.core.chunking import Layout, decode_chunk
+from p2pfl_torrent.core.chunking import ChunkLayout, Layout, TensorSlice, decode_chunk, slice_of
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import (
     FLOAT_DTYPES,
+    NUMPY_DTYPES,
     Array,
     Arrays,
     bfloat16_to_float32,
@@ -28,11 +30,15 @@ from p2pfl_torrent.core.tensors import (
 )
 
 TILE = 1 << 18  # elements summed at a time: accumulator and scratch (4 MiB) stay in the L2 cache
+ALIGNMENT = 16  # bytes between the starts of two slices of a chunk in memory; no type is wider
 
 MAX_WEIGHT = float(1 << 53)  # num_samples can be no larger; times any float32 it is a float64
 
 Source = tuple[PeerId, UpdateId, float]
 """(owner, update to read its chunk from, weight)."""
+
+Keep = Callable[[TensorSlice, Array], object]
+"""Takes the merged values of one slice; the array is used again after the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,48 +69,119 @@ def aggregate(
     sources: Mapping[int, Sequence[Source]],
     read: Callable[[UpdateId, int], bytes | memoryview],
     start: Arrays,
-    out: Mapping[str, Array],
+    keep: Keep,
 ) -> AggregateResult:
-    """Average chunk by chunk into ``out``; one chunk's float64 tiles are all that is added.
+    """Average chunk by chunk; the merged values of one chunk and two tiles are all that is held.
 
     Args:
         sources: chunk index -> versions to average, in canonical order.
         read: a chunk file's bytes, mapped rather than copied.
         start: round-start weights, kept for a chunk that nobody delivered.
-        out: writable C-contiguous arrays of the model's shapes; may be those of ``start``.
+        keep: called for every slice of the model once, in exchange order.
 
     Raises:
         LocalProtocolError: versions out of order, or a weight that is none.
     """
     refused: list[RefusedChunk] = []
     untouched = 0
+    scratch = _Scratch(layout)
     for chunk in layout.chunks:
-        versions: list[tuple[float, list[Array]]] = []
         listed = sources.get(chunk.index, ())
         _check_sources(listed)
-        for owner, update, weight in listed:
-            try:
-                arrays = decode_chunk(layout, chunk.index, read(update, chunk.index))
-                _refuse_unusable(layout, chunk.index, arrays)
-            except RemoteProtocolError as error:
-                refused.append(RefusedChunk(owner, chunk.index, error.reason))
-                continue
-            versions.append((weight, arrays))
+        versions = _decoded(layout, chunk.index, listed, read, refused)
+        merged = scratch.slices(chunk)
+        if not _average_chunk(layout, chunk, versions, merged, scratch):
+            versions = _finite(layout, chunk.index, versions, refused)
+            _average_chunk(layout, chunk, versions, merged, scratch)
         untouched += not versions
-        for position, part in enumerate(chunk.slices):
-            tensor = layout.spec.tensors[part.tensor]
-            target = _rows(out[tensor.name], part.start, part.stop)
-            if not versions:
-                target[...] = _rows(np.asarray(start[tensor.name]), part.start, part.stop)
-                continue
-            parts = [(weight, arrays[position].reshape(-1)) for weight, arrays in versions]
-            average_slice(tensor.dtype, parts, target.reshape(-1))
+        for part, array in zip(chunk.slices, merged, strict=True):
+            name = layout.spec.tensors[part.tensor].name
+            keep(part, array if versions else slice_of(np.asarray(start[name]), part))
     return AggregateResult(tuple(refused), untouched)
 
 
-def _rows(array: Array, start: int, stop: int) -> Array:
-    """The rows of a slice as a view; a 0-d array as its one element."""
-    return array[start:stop] if array.ndim else array.reshape(1)
+@dataclass(frozen=True, slots=True)
+class _Version:
+    owner: PeerId
+    weight: float
+    arrays: list[Array]
+
+
+class _Scratch:
+    """Memory that is used again for every chunk."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        sizes = (chunk.payload_bytes + ALIGNMENT * len(chunk.slices) for chunk in layout.chunks)
+        self._merged = np.empty(max(sizes, default=0), np.uint8)
+        size = min(TILE, max((tensor.size for tensor in layout.spec.tensors), default=0))
+        self.accumulator = np.empty(size, np.float64)
+        self.term = np.empty(size, np.float64)
+
+    def slices(self, chunk: ChunkLayout) -> list[Array]:
+        """Room for the merged values of a chunk's slices."""
+        arrays: list[Array] = []
+        offset = 0
+        for part in chunk.slices:
+            shape = self._layout.slice_shape(part)
+            dtype = NUMPY_DTYPES[self._layout.spec.tensors[part.tensor].dtype]
+            array: Array = np.ndarray(shape, dtype, buffer=self._merged.data, offset=offset)
+            arrays.append(array)
+            offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        return arrays
+
+
+def _decoded(
+    layout: Layout,
+    chunk: int,
+    listed: Sequence[Source],
+    read: Callable[[UpdateId, int], bytes | memoryview],
+    refused: list[RefusedChunk],
+) -> list[_Version]:
+    """The versions of a chunk whose file is one; the others' owners go to ``refused``."""
+    versions = []
+    for owner, update, weight in listed:
+        try:
+            arrays = decode_chunk(layout, chunk, read(update, chunk))
+            _refuse_untruths(layout, chunk, arrays)
+        except RemoteProtocolError as error:
+            refused.append(RefusedChunk(owner, chunk, error.reason))
+        else:
+            versions.append(_Version(owner, weight, arrays))
+    return versions
+
+
+def _finite(
+    layout: Layout, chunk: int, versions: Sequence[_Version], refused: list[RefusedChunk]
+) -> list[_Version]:
+    """The versions without NaN and infinity; the others' owners go to ``refused``."""
+    finite = []
+    for version in versions:
+        try:
+            _refuse_not_finite(layout, chunk, version.arrays)
+        except RemoteProtocolError as error:
+            refused.append(RefusedChunk(version.owner, chunk, error.reason))
+        else:
+            finite.append(version)
+    return finite
+
+
+def _average_chunk(
+    layout: Layout,
+    chunk: ChunkLayout,
+    versions: Sequence[_Version],
+    merged: Sequence[Array],
+    scratch: _Scratch,
+) -> bool:
+    """Average into ``merged``; False if that met NaN or infinity, which some version then holds."""
+    if not versions:
+        return True
+    for position, (part, out) in enumerate(zip(chunk.slices, merged, strict=True)):
+        parts = [(version.weight, version.arrays[position].reshape(-1)) for version in versions]
+        dtype = layout.spec.tensors[part.tensor].dtype
+        if not _average(dtype, parts, out.reshape(-1), scratch.accumulator, scratch.term):
+            return False
+    return True
 
 
 def _check_sources(listed: Sequence[Source]) -> None:
@@ -115,43 +192,71 @@ def _check_sources(listed: Sequence[Source]) -> None:
         raise LocalProtocolError(f"weights must be above 0 and at most {MAX_WEIGHT}")
 
 
-def _refuse_unusable(layout: Layout, chunk: int, arrays: Sequence[Array]) -> None:
+def _refuse_untruths(layout: Layout, chunk: int, arrays: Sequence[Array]) -> None:
     for part, array in zip(layout.chunks[chunk].slices, arrays, strict=True):
         tensor = layout.spec.tensors[part.tensor]
-        flat = array.reshape(-1)
-        for begin in range(0, flat.size, TILE):
-            tile = flat[begin : begin + TILE]
-            if tensor.is_float and not np.isfinite(_floats(tensor.dtype, tile)).all():
-                raise RemoteProtocolError(f"chunk {chunk} holds NaN or infinity in {tensor.name!r}")
-            if tensor.dtype == "BOOL" and tile.view(np.uint8).max() > 1:
-                raise RemoteProtocolError(f"chunk {chunk} holds no truth values in {tensor.name!r}")
+        if tensor.dtype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
+            raise RemoteProtocolError(f"chunk {chunk} holds no truth values in {tensor.name!r}")
 
 
-def average_slice(dtype: str, parts: Sequence[tuple[float, Array]], out: Array) -> None:
-    """Average finite 1-d arrays of one dtype into ``out``; integers and booleans take the maximum.
+def _refuse_not_finite(layout: Layout, chunk: int, arrays: Sequence[Array]) -> None:
+    for part, array in zip(layout.chunks[chunk].slices, arrays, strict=True):
+        tensor = layout.spec.tensors[part.tensor]
+        if tensor.is_float and not all_finite(tensor.dtype, array):
+            raise RemoteProtocolError(f"chunk {chunk} holds NaN or infinity in {tensor.name!r}")
+
+
+def all_finite(dtype: str, array: Array) -> bool:
+    """Whether a float array holds neither NaN nor infinity; a tile at a time."""
+    flat = array.reshape(-1)
+    return all(
+        np.isfinite(_floats(dtype, flat[begin : begin + TILE])).all()
+        for begin in range(0, flat.size, TILE)
+    )
+
+
+def average_slice(dtype: str, parts: Sequence[tuple[float, Array]], out: Array) -> bool:
+    """Average 1-d arrays of one dtype into ``out``; integers and booleans take the maximum.
 
     A single version is copied: its bits are exact, whatever its weight.
+
+    Returns:
+        False if NaN or infinity was met; ``out`` is of no use then.
     """
-    if len(parts) == 1:
-        out[...] = parts[0][1]
-        return
-    if dtype not in FLOAT_DTYPES:
+    size = min(TILE, out.size)
+    return _average(dtype, parts, out, np.empty(size, np.float64), np.empty(size, np.float64))
+
+
+def _average(
+    dtype: str,
+    parts: Sequence[tuple[float, Array]],
+    out: Array,
+    accumulator: npt.NDArray[np.float64],
+    term: npt.NDArray[np.float64],
+) -> bool:
+    is_float = dtype in FLOAT_DTYPES
+    if len(parts) == 1 or not is_float:
         out[...] = parts[0][1]
         for _, values in parts[1:]:
             np.maximum(out, values, out=out)
-        return
-    size = min(TILE, out.size)
-    accumulator = np.empty(size, np.float64)
-    scratch = np.empty(size, np.float64)
+        return not is_float or all_finite(dtype, out)
+    if dtype == "F64" and not all(all_finite(dtype, values) for _, values in parts):
+        return False  # asked first: finite doubles may overflow in their sum
     for begin in range(0, out.size, TILE):
         end = min(begin + TILE, out.size)
-        acc, term = accumulator[: end - begin], scratch[: end - begin]
+        acc, scratch = accumulator[: end - begin], term[: end - begin]
         tiles = [(weight, _floats(dtype, values[begin:end])) for weight, values in parts]
         if dtype == "F64":
-            _mean_of_doubles(tiles, acc, term)
+            _mean_of_doubles(tiles, acc, scratch)
         else:
-            _mean(tiles, acc, term)
+            with np.errstate(invalid="ignore"):  # infinities of both signs
+                _mean(tiles, acc, scratch)
+            # Finite values of the smaller types cannot overflow in float64 (see MAX_WEIGHT), and
+            # what is not finite stays so in every sum: one look at the sum is one at each version.
+            if not np.isfinite(acc).all():
+                return False
         out[begin:end] = float64_to_bfloat16(acc) if dtype == "BF16" else acc
+    return True
 
 
 _Tiles = Sequence[tuple[float, npt.NDArray[np.floating]]]
@@ -159,10 +264,13 @@ _Tiles = Sequence[tuple[float, npt.NDArray[np.floating]]]
 
 def _mean(tiles: _Tiles, acc: npt.NDArray[np.float64], term: npt.NDArray[np.float64]) -> None:
     """sum(w x) / sum(w) into ``acc``, in this order and no other."""
+    # Widened first, then multiplied in place: numpy does both in one call, but 1.6 times slower.
     total, values = tiles[0]
-    np.multiply(values, total, out=acc, dtype=np.float64)  # not from 0: -0.0 stays -0.0
+    np.copyto(acc, values)
+    np.multiply(acc, total, out=acc)  # not from 0: -0.0 stays -0.0
     for weight, values in tiles[1:]:
-        np.multiply(values, weight, out=term, dtype=np.float64)
+        np.copyto(term, values)
+        np.multiply(term, weight, out=term)
         np.add(acc, term, out=acc)
         total += weight
     np.divide(acc, total, out=acc)

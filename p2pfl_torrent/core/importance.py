@@ -18,6 +18,8 @@ import numpy.typing as npt
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
 from p2pfl_torrent.core.tensors import Array, Arrays, bfloat16_to_float32
 
+TILE = 1 << 18  # elements looked at in one go: 2 MiB as float64, whatever a chunk's size
+
 
 def rank(scores: list[float]) -> list[int]:
     """0 for the lowest score, ties by index: a permutation."""
@@ -37,8 +39,8 @@ def l2_norm_scores(
     for chunk in layout.chunks:
         square, size, depth = 0.0, 0, 0.0
         for part in chunk.slices:
-            values = _values(layout, arrays, part)
-            square += float(np.square(values).sum())
+            values = _rows(layout, arrays, part)
+            square += _square(layout.spec.tensors[part.tensor].dtype, values)
             size += values.size
             depth += part.tensor / len(chunk.slices)
         norm = np.sqrt(square / size) if normalize_by_size and size else np.sqrt(square)
@@ -58,9 +60,8 @@ def change_scores(
     for chunk in layout.chunks:
         square, size = 0.0, 0
         for part, delivered in zip(chunk.slices, last(chunk.index), strict=True):
-            now = _values(layout, arrays, part)
-            before = _as_float64(layout.spec.tensors[part.tensor].dtype, delivered)
-            square += float(np.square(now - before).sum())
+            now = _rows(layout, arrays, part)
+            square += _square(layout.spec.tensors[part.tensor].dtype, now, delivered)
             size += now.size
         scores.append(float(np.sqrt(square / size)) if size else 0.0)
     return scores
@@ -71,12 +72,25 @@ def random_scores(layout: Layout, rng: random.Random) -> list[float]:
     return [rng.random() for _ in layout.chunks]
 
 
-def _values(layout: Layout, arrays: Arrays, part: TensorSlice) -> npt.NDArray[np.float64]:
-    spec = layout.spec.tensors[part.tensor]
-    return _as_float64(spec.dtype, slice_of(np.asarray(arrays[spec.name]), part))
+def _rows(layout: Layout, arrays: Arrays, part: TensorSlice) -> Array:
+    return slice_of(np.asarray(arrays[layout.spec.tensors[part.tensor].name]), part)
+
+
+def _square(dtype: str, now: Array, before: Array | None = None) -> float:
+    """Sum of the squares of values, or of their differences; a tile at a time."""
+    now = now.reshape(-1)
+    square = 0.0
+    for begin in range(0, now.size, TILE):
+        tile = slice(begin, begin + TILE)
+        values = _as_float64(dtype, now[tile])
+        if before is not None:
+            values -= _as_float64(dtype, before.reshape(-1)[tile])
+        square += float(np.square(values, out=values).sum())
+    return square
 
 
 def _as_float64(dtype: str, values: Array) -> npt.NDArray[np.float64]:
+    """A copy."""
     if dtype == "BF16":
         values = bfloat16_to_float32(values)  # type: ignore[arg-type]  # carried as its bits
     return values.astype(np.float64)

@@ -8,7 +8,7 @@ docs/specs/manifest.md is the wire form.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, NewType, TypeVar
@@ -157,11 +157,25 @@ def max_wire_bytes(layout: Layout) -> int:
 
 def block_hashes(data: bytes | memoryview, block_size: int) -> bytes:
     """The concatenated SHA-256 of each block of a chunk's file."""
-    view = memoryview(data)
-    return b"".join(
-        hashlib.sha256(view[start : start + block_size]).digest()
-        for start in range(0, len(view), block_size)
-    )
+    return hash_blocks((data,), block_size)
+
+
+def hash_blocks(parts: Iterable[bytes | memoryview], block_size: int) -> bytes:
+    """``block_hashes`` of a file that comes in parts."""
+    hashes: list[bytes] = []
+    block, room = hashlib.sha256(), block_size
+    for part in parts:
+        view = memoryview(part)
+        while view:
+            block.update(view[:room])
+            taken = min(room, len(view))
+            view, room = view[taken:], room - taken
+            if not room:
+                hashes.append(block.digest())
+                block, room = hashlib.sha256(), block_size
+    if room < block_size:
+        hashes.append(block.digest())
+    return b"".join(hashes)
 
 
 def make_manifest(

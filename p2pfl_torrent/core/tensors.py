@@ -149,10 +149,25 @@ def array_bytes(array: Array) -> bytes | memoryview:
 
 def model_hash(spec: ModelSpec, arrays: Arrays) -> bytes:
     """SHA-256 over the spec's fingerprint and every tensor's bytes in exchange order (32 bytes)."""
-    digest = hashlib.sha256(spec.fingerprint().encode())
+    hasher = ModelHasher(spec)
     for tensor in spec.tensors:
-        digest.update(array_bytes(arrays[tensor.name]))
-    return digest.digest()
+        hasher.add(arrays[tensor.name])
+    return hasher.digest()
+
+
+class ModelHasher:
+    """``model_hash`` of values that come piece by piece: rows of tensors, in exchange order."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._sha256 = hashlib.sha256(spec.fingerprint().encode())
+
+    def add(self, rows: Array) -> None:
+        """The next values."""
+        self._sha256.update(array_bytes(rows))
+
+    def digest(self) -> bytes:
+        """The hash, once all were added."""
+        return self._sha256.digest()
 
 
 def bfloat16_to_float32(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -47,6 +47,8 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 """torch dtype -> safetensors dtype name."""
 
+LOADED_AT_A_TIME = 4 << 20  # bytes of a tensor: what a copy of read-only rows takes
+
 EXTRA_STATE = "_extra_state"
 """Last part of the name under which torch files what a module's ``get_extra_state`` returns."""
 
@@ -155,14 +157,15 @@ def load_arrays(model: nn.Module, spec: ModelSpec, arrays: Arrays) -> None:
     state = _fitting(model, spec)
     check_arrays(spec, arrays)
     for expected in spec.tensors:
-        array = np.ascontiguousarray(arrays[expected.name]).reshape(expected.shape)
-        if not array.flags.writeable:
-            array = array.copy()  # torch takes no read-only memory without a warning
-        if expected.dtype == "BF16":
-            source = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            source = torch.from_numpy(array)
-        state[expected.name].copy_(source)
+        array, target = arrays[expected.name], state[expected.name]
+        if array.ndim == 0:
+            target.copy_(_to_tensor(array))
+            continue
+        row_bytes = max(1, expected.nbytes // max(1, len(array)))
+        step = max(1, LOADED_AT_A_TIME // row_bytes)
+        for begin in range(0, len(array), step):
+            rows = slice(begin, begin + step)
+            target[rows].copy_(_to_tensor(array[rows]))
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -198,6 +201,14 @@ def _to_array(on_cpu: torch.Tensor) -> Array:
         return bits
     array: Array = on_cpu.numpy()
     return array
+
+
+def _to_tensor(array: Array) -> torch.Tensor:
+    if not (array.flags.writeable and array.flags.c_contiguous):
+        array = array.copy()  # torch takes no read-only memory without a warning
+    if array.dtype == np.uint16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _spec(name: str, tensor: torch.Tensor, owned: set[int]) -> TensorSpec:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 import trio
 
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.aggregation import aggregate
-from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, slice_of
+from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
+from p2pfl_torrent.core.chunking import (
+    Layout,
+    TensorSlice,
+    decode_chunk,
+    encode_chunk_parts,
+    slice_of,
+)
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
-from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
+from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import OwnerReport, RoundReport, RoundStarted
-from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, bfloat16_to_float32, model_hash
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
 from p2pfl_torrent.peer.feed import EventFeed
@@ -25,6 +30,7 @@ from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
 
 TAKEN = "late"  # how a round was closed whose aggregate is another peer's
+WRITTEN_AT_A_TIME = 1 << 20  # bytes of an update between two turns of the network: under 1 ms
 KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
 
 
@@ -37,7 +43,8 @@ class Merged:
     """What an exchange left: the weights of the next round's start, and the report.
 
     Attributes:
-        arrays: None after a solo round: the model stays as it is.
+        arrays: read-only views of the mapped checkpoint; None after a solo round: the model stays
+            as it is.
     """
 
     arrays: dict[str, Array] | None
@@ -220,15 +227,15 @@ class Rounds:
         return known.manifest if known is not None and known.held.complete else None
 
     async def _publish(self, arrays: Arrays, num_samples: int) -> Manifest:
-        """Store the update chunk by chunk and sign its manifest; one chunk in memory at a time."""
+        """Sign the update's manifest and store its chunks, from the arrays themselves: no copy."""
         layout, round = self._layout, self.round
 
         def describe() -> tuple[list[int], list[bytes]]:
             sizes, hashes = [], []
             for index in range(len(layout.chunks)):
-                data = encode_chunk(layout, index, arrays)
-                sizes.append(len(data))
-                hashes.append(block_hashes(data, layout.block_size))
+                parts = list(encode_chunk_parts(layout, index, arrays))
+                sizes.append(sum(map(len, parts)))
+                hashes.append(hash_blocks(parts, layout.block_size))
             return sizes, hashes
 
         sizes, hashes = await trio.to_thread.run_sync(describe)
@@ -249,8 +256,13 @@ class Rounds:
         self._store.put_manifest(manifest)
         try:
             for index in range(len(layout.chunks)):
-                data = await trio.to_thread.run_sync(encode_chunk, layout, index, arrays)
-                self._store.write(manifest.update, index, 0, data)
+                offset = 0
+                for part in encode_chunk_parts(layout, index, arrays):
+                    for begin in range(0, len(part), WRITTEN_AT_A_TIME):
+                        piece = part[begin : begin + WRITTEN_AT_A_TIME]
+                        self._store.write(manifest.update, index, offset + begin, piece)
+                        await trio.lowlevel.checkpoint()
+                    offset += len(part)
                 self._store.complete_chunk(manifest.update, index, self._local)
         except BaseException:
             self._store.forget([manifest.update])  # nobody knows of it, and there may be another
@@ -276,16 +288,9 @@ class Rounds:
         underway: _Underway,
         metrics: Mapping[str, float],
     ) -> Merged:
-        start = self._checkpoints.load(self.round - 1)
-        out = {
-            tensor.name: np.empty(tensor.shape, NUMPY_DTYPES[tensor.dtype])
-            for tensor in self._layout.spec.tensors
-        }
         chunks = _contributions(self._layout, close)
-        result = await trio.to_thread.run_sync(
-            aggregate, self._layout, chunks, self._store.chunk, start, out
-        )
-        new_hash = await trio.to_thread.run_sync(model_hash, self._layout.spec, out)
+        start = self._checkpoints.load(self.round - 1)
+        result, new_hash = await trio.to_thread.run_sync(self._average, chunks, start)
         swarm = self._exchange.swarm
         received = sum(
             swarm.fetching.bytes_received.get(count.manifest.update, 0) for count in close.counts
@@ -309,7 +314,6 @@ class Rounds:
             below_min_completion=close.below_min_completion,
             metrics=dict(metrics),
         )
-        await self._keep(self.round, out)
         self._note_taken()
         self._store.finish_round(
             self.round,
@@ -319,7 +323,22 @@ class Rounds:
             [count.manifest.update for count in close.counts],
         )
         self.resume(self.round + 1, new_hash)
-        return Merged(out, report)
+        return Merged(self._checkpoints.load(self.round - 1), report)
+
+    def _average(
+        self, chunks: Mapping[int, Sequence[Source]], start: Arrays
+    ) -> tuple[AggregateResult, bytes]:
+        """Average into this round's checkpoint, in a worker thread; also the aggregate's hash."""
+        hasher = ModelHasher(self._layout.spec)
+        with self._checkpoints.draft(self.round) as draft:
+
+            def keep(part: TensorSlice, rows: Array) -> None:
+                draft.put(part, rows)
+                hasher.add(rows)
+
+            result = aggregate(self._layout, chunks, self._store.chunk, start, keep)
+        self._checkpoints.prune(KEPT_CHECKPOINTS)
+        return result, hasher.digest()
 
     async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:
         """The round went on without us: take over the state that the others go on from."""
@@ -433,10 +452,7 @@ def _check_finite(layout: Layout, arrays: Arrays) -> None:
     for tensor in layout.spec.tensors:
         if not tensor.is_float:
             continue
-        values = arrays[tensor.name]
-        if tensor.dtype == "BF16":
-            values = bfloat16_to_float32(values)  # type: ignore[arg-type]
-        if not np.isfinite(values).all():
+        if not all_finite(tensor.dtype, arrays[tensor.name]):
             raise UpdateError(
                 f"Tensor {tensor.name!r} holds NaN or infinity: training has diverged, so this "
                 "update was not shared; lower the learning rate or restore an earlier checkpoint."

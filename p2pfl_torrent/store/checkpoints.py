@@ -6,17 +6,64 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
-from p2pfl_torrent.core.chunking import checkpoint_layout, decode_chunk, encode_chunk_parts
-from p2pfl_torrent.core.errors import RemoteProtocolError
-from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, model_hash
-from p2pfl_torrent.store.durable import replace_file
+from p2pfl_torrent.core.chunking import Layout, TensorSlice, checkpoint_layout, decode_chunk
+from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
+from p2pfl_torrent.core.tensors import (
+    NUMPY_DTYPES,
+    Array,
+    Arrays,
+    ModelSpec,
+    array_bytes,
+    model_hash,
+)
+from p2pfl_torrent.store.durable import replacing
 from p2pfl_torrent.store.errors import StoreError
-from p2pfl_torrent.store.mapped import map_file
+from p2pfl_torrent.store.mapped import map_file, write_all
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
+
+
+class Draft:
+    """A checkpoint file that is being written."""
+
+    def __init__(self, layout: Layout, file: FileIO) -> None:
+        self._spec = layout.spec
+        self._file = file
+        header, ordered = layout.head(0)
+        write_all(file.fileno(), header, 0)
+        self._offsets: dict[int, int] = {}
+        offset = len(header)
+        for part in ordered:
+            self._offsets[part.tensor] = offset
+            offset += layout.spec.tensors[part.tensor].nbytes
+        self._missing = layout.spec.nbytes
+
+    def put(self, part: TensorSlice, rows: Array) -> None:
+        """Write the rows of one slice; each row of the model is to be written once.
+
+        Raises:
+            LocalProtocolError: values of another type or shape.
+        """
+        tensor = self._spec.tensors[part.tensor]
+        shape = (part.stop - part.start, *tensor.shape[1:]) if tensor.shape else ()
+        if rows.shape != shape or rows.dtype != NUMPY_DTYPES[tensor.dtype]:
+            raise LocalProtocolError(
+                f"{tensor.name!r} is {rows.dtype}{rows.shape}, not {tensor.dtype}{shape}"
+            )
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape and tensor.nbytes else 0
+        place = self._offsets[part.tensor] + part.start * row_bytes
+        write_all(self._file.fileno(), array_bytes(rows), place)
+        self._missing -= rows.nbytes
+
+    def check_complete(self) -> None:
+        """LocalProtocolError unless every row was written."""
+        if self._missing:
+            raise LocalProtocolError(f"{self._missing} bytes of the checkpoint were not written")
 
 
 class Checkpoints:
@@ -53,9 +100,23 @@ class Checkpoints:
         Raises:
             StoreError: the disk is full or fails; an older file of that round is as it was.
         """
-        path = self.path(round)
-        replace_file(path, encode_chunk_parts(self._layout, 0, arrays))
-        return path
+        with self.draft(round) as draft:
+            for part in self._layout.chunks[0].slices:
+                draft.put(part, arrays[self._layout.spec.tensors[part.tensor].name])
+        return self.path(round)
+
+    @contextmanager
+    def draft(self, round: int) -> Iterator[Draft]:
+        """A checkpoint that is written slice by slice; it appears, durably, at the block's end.
+
+        Raises:
+            StoreError: the disk is full or fails; an older file of that round is as it was, as it
+                is after any other error in the block.
+        """
+        with replacing(self.path(round)) as file:
+            draft = Draft(self._layout, file)
+            yield draft
+            draft.check_complete()
 
     def load(self, round: int, expected: bytes | None = None) -> dict[str, Array]:
         """The weights after a round, as read-only views of the mapped file.

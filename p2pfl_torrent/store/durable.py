@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from p2pfl_torrent.store.errors import StoreError
+from p2pfl_torrent.store.mapped import write_all
 
 Part = bytes | bytearray | memoryview
 
@@ -17,17 +20,33 @@ def replace_file(path: Path, parts: Iterable[Part]) -> None:
     Raises:
         StoreError: the disk is full or fails; an older file of that name is as it was.
     """
+    with replacing(path) as file:
+        place = 0
+        for part in parts:
+            write_all(file.fileno(), part, place)
+            place += len(part)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[FileIO]:
+    """A file that is written in the block, and takes the place of an older one at its end.
+
+    Raises:
+        StoreError: the disk is full or fails; an older file is as it was, as it is after any other
+            error in the block.
+    """
     temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_directory(path.parent)
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                yield file
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_directory(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(
             f"{path} cannot be written ({error}): see that its disk has space and is writable."
         ) from error

@@ -1,8 +1,12 @@
-"""Files mapped into memory: served by the page cache, which the kernel takes back when it must."""
+"""Files mapped into memory: served by the page cache, which the kernel takes back when it must.
+
+Mapped for reading only: a write into a mapping kills the process where the disk is full.
+"""
 
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 
 
@@ -24,3 +28,15 @@ def map_file(path: Path, offset: int = 0, size: int | None = None) -> memoryview
             file.fileno(), size + offset - start, access=mmap.ACCESS_READ, offset=start
         )
     return memoryview(mapping)[offset - start :]
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, place: int) -> None:
+    """Write all of ``data`` at ``place`` in a file.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, place)
+        view, place = view[written:], place + written

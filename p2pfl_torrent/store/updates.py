@@ -26,7 +26,7 @@ from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.store.errors import StoreError
-from p2pfl_torrent.store.mapped import map_file
+from p2pfl_torrent.store.mapped import map_file, write_all
 
 SCHEMA_VERSION = 1
 MAX_OPEN_FILES = 64  # updates that are written or served at a time; the rest reopens in 20 us
@@ -191,13 +191,9 @@ class Store:
         Raises:
             StoreError: the disk is full or fails.
         """
-        view = memoryview(data)
-        place = self._place(update, chunk, offset, len(view))
+        place = self._place(update, chunk, offset, len(data))
         try:
-            descriptor = self._file(update).fileno()
-            while view:
-                written = os.pwrite(descriptor, view, place)
-                view, place = view[written:], place + written
+            write_all(self._file(update).fileno(), data, place)
         except OSError as error:
             raise self._failed(error) from error
 

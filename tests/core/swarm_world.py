@@ -37,7 +37,7 @@ from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import PeerEvent
 from p2pfl_torrent.core.serving import Upload
 from p2pfl_torrent.core.swarm import Swarm, SwarmPolicy
-from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.core.tensors import Array, ModelHasher, ModelSpec, TensorSpec
 from tests.core.member_network import sign_as, verify
 
 MODEL = ModelSpec((TensorSpec("a", "F32", (64, 8)), TensorSpec("b", "F32", (8,))))
@@ -260,9 +260,15 @@ class World:
                 source = (count.manifest.owner, update, count.weight)
                 sources.setdefault(chunk, []).append(source)
         start = weights(self.layout.spec, f"start {round}")
-        out = {name: np.empty_like(array) for name, array in start.items()}
-        aggregate(self.layout, sources, lambda u, k: bytes(node.blocks[u, k]), start, out)
-        return model_hash(self.layout.spec, out)
+        merged = ModelHasher(self.layout.spec)
+        aggregate(
+            self.layout,
+            sources,
+            lambda u, k: bytes(node.blocks[u, k]),
+            start,
+            lambda part, rows: merged.add(rows),
+        )
+        return merged.digest()
 
     # --- time --------------------------------------------------------------------------------
 

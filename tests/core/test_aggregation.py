@@ -21,7 +21,14 @@ from p2pfl_torrent.core.aggregation import (
     average_slice,
     discount,
 )
-from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, plan
+from p2pfl_torrent.core.chunking import (
+    Layout,
+    TensorSlice,
+    decode_chunk,
+    encode_chunk,
+    plan,
+    slice_of,
+)
 from p2pfl_torrent.core.errors import LocalProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -62,9 +69,16 @@ class Swarm:
     ) -> tuple[dict[str, Array], AggregateResult]:
         if out is None:
             out = {name: np.empty_like(array) for name, array in self.start.items()}
+        written = []
+
+        def keep(part: TensorSlice, rows: Array) -> None:
+            written.append(part)
+            slice_of(out[self.spec.tensors[part.tensor].name], part)[...] = rows
+
         result = aggregate(
-            self.layout, self.sources, lambda u, c: self.files[u, c], self.start, out
+            self.layout, self.sources, lambda u, c: self.files[u, c], self.start, keep
         )
+        assert written == [part for chunk in self.layout.chunks for part in chunk.slices]
         return dict(out), result
 
 
