@@ -2,7 +2,8 @@
 
     python -m benchmarks.member SPEC.json
 
-It is led by lines on stdin, one a round, and answers each with one JSON line. Weights are new in
+It is led by lines on stdin, one a round, and answers each with one JSON line; it also tells its
+memory. Weights are new in
 each round, as after training, so that nothing can be saved by their being equal.
 """
 
@@ -131,7 +132,10 @@ async def member(spec: Spec) -> None:
     del start
     async with open_node(node):
         tell({"ready": node.peer_id})
-        while (await next_line()).strip() == "round":
+        while line := (await next_line()).strip():
+            if line == "memory":
+                tell({"anonymous": anonymous_bytes()})
+                continue
             update = weights(shapes, rng)
             tell({"trained": True, "idle": anonymous_bytes()})
             await next_line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -292,3 +293,46 @@ def test_owners_out_of_order_or_weights_that_are_none_are_our_own_fault() -> Non
 def test_the_discount_is_the_polynomial_one() -> None:
     assert [discount(s) for s in (0, 3, 8)] == [1.0, 0.5, 1 / 3]
     assert discount(1) == 1 / math.sqrt(2)
+
+
+def test_a_merge_holds_a_chunk_and_not_a_model() -> None:
+    spec = ModelSpec((TensorSpec("w", "F32", (1 << 12, 1 << 10)),))  # 16 MiB
+    swarm = Swarm(spec, [1.0, 2.0, 3.0], num_chunks=32)
+    for chunk in swarm.layout.chunks:
+        for owner in range(3):
+            swarm.deliver(owner, chunk.index)
+    tracemalloc.start()
+    try:
+        aggregate(
+            swarm.layout,
+            swarm.sources,
+            lambda u, c: swarm.files[u, c],
+            swarm.start,
+            lambda part, rows: None,
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * TILE * 8 + spec.nbytes // 8
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_infinities_of_both_signs_are_found_in_their_sum(dtype: str) -> None:
+    swarm = Swarm(ModelSpec((TensorSpec("w", dtype, (5,)),)), [1.0, 1.0, 1.0], 1)
+    infinity = 0x7F80 if dtype == "BF16" else np.inf
+    swarm.updates[0]["w"][3] = infinity
+    swarm.updates[1]["w"][3] = infinity | 0x8000 if isinstance(infinity, int) else -infinity
+    for owner in range(3):
+        swarm.deliver(owner, 0)
+    merged, result = swarm.run()
+    assert [refused.owner for refused in result.refused] == ["peer000", "peer001"]
+    assert same_bits(merged["w"], swarm.updates[2]["w"])
+
+
+def test_a_single_version_that_is_not_finite_leaves_the_start_value() -> None:
+    swarm = Swarm(ModelSpec((TensorSpec("w", "F32", (5,)),)), [1.0], 1)
+    swarm.updates[0]["w"][0] = np.nan
+    swarm.deliver(0, 0)
+    merged, result = swarm.run()
+    assert (len(result.refused), result.untouched) == (1, 1)
+    assert equal(merged, swarm.start)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pfl_torrent.core.chunking import Layout, plan, slice_of
-from p2pfl_torrent.core.importance import change_scores, l2_norm_scores, random_scores, rank
+from p2pfl_torrent.core.importance import TILE, change_scores, l2_norm_scores, random_scores, rank
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, float32_to_bfloat16
 
 
@@ -97,3 +98,16 @@ def test_chance_is_the_callers() -> None:
     first = random_scores(LAYERS, random.Random(1))
     assert first == random_scores(LAYERS, random.Random(1))
     assert first != random_scores(LAYERS, random.Random(2))
+
+
+def test_a_large_chunk_is_scored_a_tile_at_a_time() -> None:
+    layout = layout_of(("a", (1 << 11, 1 << 11)), chunks=1)
+    now, before = np.ones((1 << 11, 1 << 11), np.float32), np.zeros((1 << 11, 1 << 11), np.float32)
+    tracemalloc.start()
+    try:
+        scores = change_scores(layout, {"a": now}, lambda _: [before])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert scores == [1.0]
+    assert peak < 4 * TILE * 8

@@ -25,6 +25,7 @@ from p2pfl_torrent.core.manifest import (
     decode_manifest_gossip,
     decode_signed_header,
     encode_header_gossip,
+    hash_blocks,
     make_manifest,
     max_wire_bytes,
 )
@@ -248,3 +249,11 @@ def test_ranges_of_blocks_end_with_the_chunk(chunk: int, data: st.DataObject) ->
     last = block + count == entry.num_blocks
     assert offset + size == (entry.size if last else (block + count) * LAYOUT.block_size)
     assert [len(entry.block_hash(i)) for i in range(entry.num_blocks)] == [32] * entry.num_blocks
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(1, 20))
+def test_a_file_in_parts_has_the_hashes_of_the_whole(parts: list[bytes], block_size: int) -> None:
+    data = b"".join(parts)
+    blocks = [data[at : at + block_size] for at in range(0, len(data), block_size)]
+    hashes = b"".join(hashlib.sha256(block).digest() for block in blocks)
+    assert hash_blocks(parts, block_size) == hashes == block_hashes(data, block_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from p2pfl_torrent.learning.models import build
 from p2pfl_torrent.learning.norms import NormPolicy
 from p2pfl_torrent.learning.state import (
     DTYPES,
+    LOADED_AT_A_TIME,
     describe,
     explain_mismatch,
     load_arrays,
@@ -192,6 +194,21 @@ def test_read_only_and_strided_arrays_can_be_loaded() -> None:
     load_arrays(model, spec, {"weight": read_only, "bias": np.arange(6, dtype=np.float32)[::2]})
     assert model.weight.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert model.bias.tolist() == [0, 2, 4]
+
+
+def test_loading_a_mapped_checkpoint_copies_a_few_rows_at_a_time() -> None:
+    model = nn.Linear(1 << 11, 1 << 11, bias=False)  # 16 MiB
+    spec = describe(model)
+    values = np.arange(model.weight.numel(), dtype=np.float32).reshape(model.weight.shape)
+    values.setflags(write=False)
+    tracemalloc.start()
+    try:
+        load_arrays(model, spec, {"weight": values})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * LOADED_AT_A_TIME + (1 << 20)
+    assert np.array_equal(model.weight.detach().numpy(), values)
 
 
 @pytest.mark.parametrize(

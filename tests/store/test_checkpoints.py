@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import load_file
 
+from p2pfl_torrent.core.chunking import TensorSlice
+from p2pfl_torrent.core.errors import LocalProtocolError
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, model_hash
 from p2pfl_torrent.store import Checkpoints, StoreError
 from tests.core.small_models import finite_arrays, same_bits, specs
@@ -147,3 +149,36 @@ def test_saving_and_loading_hold_no_second_model_in_memory(tmp_path: Path) -> No
     finally:
         tracemalloc.stop()
     assert same_bits(loaded["w"], arrays["w"])
+
+
+W_TOP, W_REST, N = TensorSlice(0, 0, 15), TensorSlice(0, 15, 40), TensorSlice(1, 0, 1)
+
+
+def test_a_draft_of_slices_in_any_order_is_the_same_file(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    arrays = finite_arrays(SPEC, 1)
+    whole = checkpoints.save(1, arrays).read_bytes()
+    with checkpoints.draft(2) as draft:
+        draft.put(W_REST, arrays["w"][15:])
+        draft.put(N, arrays["n"])
+        draft.put(W_TOP, arrays["w"][:15])
+        assert checkpoints.rounds() == [1]  # not there before it is whole
+    assert checkpoints.path(2).read_bytes() == whole
+
+
+@pytest.mark.parametrize("rows", [np.zeros((14, 10), np.float32), np.zeros((15, 10))])
+def test_a_draft_takes_no_rows_of_another_kind(tmp_path: Path, rows: Array) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    with pytest.raises(LocalProtocolError, match="'w' is"), checkpoints.draft(1) as draft:
+        draft.put(W_TOP, rows)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_draft_with_rows_missing_leaves_the_older_file(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SPEC)
+    arrays = finite_arrays(SPEC, 1)
+    checkpoints.save(1, arrays)
+    with pytest.raises(LocalProtocolError, match="not written"), checkpoints.draft(1) as draft:
+        draft.put(W_TOP, np.zeros((15, 10), np.float32))
+    assert same_bits(checkpoints.load(1)["w"], arrays["w"])
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["round-1.safetensors"]
