@@ -10,6 +10,7 @@ each round, as after training, so that nothing can be saved by their being equal
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import sys
@@ -56,11 +57,14 @@ def model(spec: Spec) -> ModelSpec:
 
 
 def weights(shapes: ModelSpec, rng: np.random.Generator) -> dict[str, Array]:
-    """Noise of that shape."""
-    return {
-        tensor.name: rng.standard_normal(tensor.shape, dtype=np.float32)
-        for tensor in shapes.tensors
-    }
+    """Noise of that shape, in memory of its own: malloc would keep it when it is let go."""
+    arrays: dict[str, Array] = {}
+    for tensor in shapes.tensors:
+        memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        noise = np.frombuffer(memory, np.float32)
+        rng.standard_normal(out=noise, dtype=np.float32)
+        arrays[tensor.name] = noise.reshape(tensor.shape)
+    return arrays
 
 
 def anonymous_bytes() -> int:
