@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
 
@@ -20,8 +20,13 @@ class Bitfield:
     @classmethod
     def full(cls, length: int) -> Bitfield:
         """Every bit set."""
+        return cls.of(length, range(length))
+
+    @classmethod
+    def of(cls, length: int, indices: Iterable[int]) -> Bitfield:
+        """These bits set."""
         field = cls(length)
-        for index in range(length):
+        for index in indices:
             field.add(index)
         return field
 

@@ -17,8 +17,9 @@ What is tracked, and why:
 5. Per holder: open requests (the active pool), its measured rate and lag, and so how many bytes it
    may have in flight (about a second's worth, or heartbeats drown behind them) and when it will
    deliver (``pipeline``). A slow holder is not asked for what another brings much sooner.
-6. Endgame: a holder with nothing else to be asked for is asked for what another brings much later
-   or is late with; the first answer cancels the other.
+6. Endgame: when all that is missing and to be had was asked for, a holder that has nothing else to
+   bring is asked for what another brings much later; and at any time for what another is late
+   with. The first answer cancels the other.
 7. A holder that let its patience pass is asked nothing until it has answered what it owes.
 """
 
@@ -336,10 +337,13 @@ class Picker:
         return begun
 
     def _endgame(self, holder: _Holder, limit: int, now: float) -> tuple[Key, int, int] | None:
-        """Blocks that another holder will bring much later than this one would."""
+        """Blocks that another holder will bring much later than this one would, or is late with."""
         much_later = 2.0 * holder.pipeline.delay(limit * self._layout.block_size, now) + HICCUP
+        all_asked = self._all_asked()
         for other in self._holders.values():
             if other is holder or other.pipeline.longest(now) <= much_later:
+                continue
+            if not all_asked and other.pipeline.overdue(now) <= much_later:
                 continue
             for request in other.pipeline.open.values():
                 if other.pipeline.remaining(request, now) <= much_later:
@@ -351,6 +355,12 @@ class Picker:
                     if count:
                         return request.key, block, count
         return None
+
+    def _all_asked(self) -> bool:
+        """Whether as much is in flight as is missing and to be had: before, nobody is waited for
+        with whom something else could not be had meanwhile."""
+        in_flight = sum(holder.pipeline.in_flight for holder in self._holders.values())
+        return in_flight >= sum(known.obtainable for known in self._updates.values())
 
     def _may_ask_too(self, holder: _Holder, key: Key, block: int) -> bool:
         """Whether one more holder may be asked for a block that others were asked for."""

@@ -52,7 +52,7 @@ class PickerPolicy:
     pending_chunks: int = 20
     endgame_holders: int = 2
     target_seconds: float = 1.0
-    request_seconds: float = 0.25
+    request_seconds: float = 0.5
     dry_seconds: float = 0.25
     first_bytes: int = 64 << 10
     look: int = 8

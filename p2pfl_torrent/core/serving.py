@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Effect, ToFetcher
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import (
+    MAX_HAVE,
     MAX_REQUEST_BYTES,
     REJECT_BUSY,
     REJECT_CANCELLED,
@@ -32,6 +35,9 @@ from p2pfl_torrent.core.uploads import UploadQueue
 
 ANNOUNCE_BYTES = 64 << 10  # of one Availability: less than a frame may have, soon through
 ENTRY_BYTES = 64  # of one update in it beside its bitfield: a hash, two rounds and their heads
+ANNOUNCE_SPACING = 0.02  # seconds a fetcher between announcements of new chunks: each costs about
+# half a millisecond of CPU at either end, so all of a peer's cost it a few hundredths of its time
+MAX_SPACING = 0.25  # seconds, with however many fetchers; what they know is never much older
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class Serving:
         self._block_size = block_size
         self.fetchers: set[PeerId] = set()
         self.bytes_uploaded = 0
+        self._fresh: dict[UpdateId, list[int]] = {}  # chunks not announced yet
+        self._announce_at = 0.0
 
     def opened(self, peer: PeerId, oldest_round: int) -> list[Effect]:
         """A fetcher connected: tell it all that is held of rounds from ``oldest_round`` on."""
@@ -65,12 +73,7 @@ class Serving:
             for known in self._ledger
             if known.held.count and known.manifest.round >= oldest_round
         ]
-        size = ENTRY_BYTES + max((len(item.chunks) for item in updates), default=0)
-        step = max(1, ANNOUNCE_BYTES // size)
-        return [
-            ToFetcher(peer, Availability(tuple(updates[start : start + step])))
-            for start in range(0, len(updates), step)
-        ]
+        return [ToFetcher(peer, message) for message in _announcements(updates)]
 
     def closed(self, peer: PeerId) -> None:
         """A fetcher is gone, and its questions with it."""
@@ -150,12 +153,44 @@ class Serving:
         return self._uploads.runnable(now)
 
     def next_wakeup(self) -> float | None:
-        """When a slot that a slow fetcher holds becomes free for another."""
-        return self._uploads.next_wakeup()
+        """When chunks are to be announced, or a slow fetcher's slot is free for another."""
+        times = (self._uploads.next_wakeup(), self._announce_at if self._fresh else None)
+        return min((time for time in times if time is not None), default=None)
 
-    def announce_chunk(self, update: UpdateId, chunk: int) -> list[Effect]:
-        """Tell every fetcher that a chunk is here, the one it came from too: it counts on that."""
-        return [ToFetcher(peer, Have(update, (chunk,))) for peer in sorted(self.fetchers)]
+    def have(self, update: UpdateId, chunk: int) -> None:
+        """A chunk is here: ``announce`` will say so."""
+        self._fresh.setdefault(update, []).append(chunk)
+
+    def announce(self, now: float) -> list[Effect]:
+        """Tell every fetcher which chunks are new here, those they came from too: they count on it.
+
+        At once after a quiet while, else together with those of the next few hundredths.
+        """
+        if not self._fresh or now < self._announce_at:
+            return []
+        fresh, self._fresh = self._fresh, {}
+        spacing = min(MAX_SPACING, ANNOUNCE_SPACING * len(self.fetchers))
+        self._announce_at = now + spacing
+        messages = self._news(fresh)
+        return [ToFetcher(peer, message) for peer in sorted(self.fetchers) for message in messages]
+
+    def _news(self, fresh: Mapping[UpdateId, Sequence[int]]) -> Sequence[Message]:
+        """These chunks, as far as they were not forgotten meanwhile, in short."""
+        if len(fresh) == 1:
+            ((update, chunks),) = fresh.items()
+            if len(chunks) <= MAX_HAVE:
+                return [Have(update, tuple(chunks))] if update in self._ledger else []
+        updates = [
+            ChunksOf(
+                update,
+                known.manifest.round,
+                Bitfield.of(len(known.held), chunks).to_bytes(),
+                known.counted_in or 0,
+            )
+            for update, chunks in fresh.items()
+            if (known := self._ledger.get(update)) is not None
+        ]
+        return _announcements(updates)
 
     def announce_update(self, known: KnownUpdate, *, with_manifest: bool) -> list[Effect]:
         """Tell every fetcher what is held of an update; its manifest first, where it is new."""
@@ -168,6 +203,15 @@ class Serving:
         """Send manifests to every fetcher: two of one owner for one round convict it."""
         messages = [ManifestData(manifest.encode()) for manifest in manifests]
         return [ToFetcher(peer, message) for peer in sorted(self.fetchers) for message in messages]
+
+
+def _announcements(updates: Sequence[ChunksOf]) -> list[Availability]:
+    """In messages that are soon through on a slow link."""
+    size = ENTRY_BYTES + max((len(item.chunks) for item in updates), default=0)
+    step = max(1, ANNOUNCE_BYTES // size)
+    return [
+        Availability(tuple(updates[start : start + step])) for start in range(0, len(updates), step)
+    ]
 
 
 def chunks_of(known: KnownUpdate) -> ChunksOf:

@@ -65,15 +65,15 @@ class SwarmPolicy:
     """Local settings of the machine.
 
     Attributes:
-        announce_interval: seconds between two availability gossips; edges carry Have at once, so
-            this only repairs.
+        announce_interval: seconds for which news waits for more before it is gossiped: edges
+            carry it at once, so this only repairs.
         settle_seconds: how long nothing more of a dead owner's update may have become available
             before it is given up: some relays' Have away.
     """
 
     picker: PickerPolicy = field(default_factory=PickerPolicy)
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
-    announce_interval: float = 1.0
+    announce_interval: float = 5.0
     settle_seconds: float = 0.5
 
 
@@ -114,7 +114,7 @@ class Swarm:
         self._left_behind = False  # the others had finished this round before its deadline here
         self._taken = 0  # the round whose start weights were last taken from another peer
         self._moved = True  # something happened by which the round may be over
-        self._announced_at = 0.0
+        self._gossip_at = 0.0  # when what changed is to be gossiped
         self._settling_since = 0.0
         self._strikes: dict[PeerId, int] = {}
         self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
@@ -143,6 +143,7 @@ class Swarm:
         for effect in list(effects):
             if isinstance(effect, Drop):
                 effects.extend(self._left(effect.peer, now))
+        effects.extend(self.serving.announce(now))
         effects.extend(self._judge(now))
         return effects
 
@@ -217,8 +218,8 @@ class Swarm:
                 if isinstance(effect, ev.StoreComplete):
                     self.ledger.hold(effect.update, effect.chunk)
                     self._moved |= self.ledger[effect.update].held.complete
-                    self._changed.add(effect.update)
-                    effects.extend(self.serving.announce_chunk(effect.update, effect.chunk))
+                    self._gossip_soon(effect.update, now)
+                    self.serving.have(effect.update, effect.chunk)
         if any(isinstance(effect, Drop) for effect in effects):
             return effects
         # Only this holder's pipeline has room now, unless a request was taken back elsewhere.
@@ -459,7 +460,7 @@ class Swarm:
         self.clock.published(self.local)
         effects.append(ev.PublishManifest(self._gossip_form(manifest)))
         effects.extend(self.serving.announce_update(known, with_manifest=True))
-        self._changed.add(manifest.update)
+        self._gossip_soon(manifest.update, now)
         self._settling_since = now
         if missed:
             return [*effects, self._miss(now)]
@@ -484,18 +485,22 @@ class Swarm:
         self.picker.set_pressure(self._predicted_miss(now))
         expired = self.fetching.expire(now)
         effects = expired + self._ask(now)
-        if self._changed and now - self._announced_at >= self._policy.announce_interval:
+        if self._changed and now >= self._gossip_at:
             updates = tuple(
                 chunks_of(known)
                 for known in (self.ledger.get(update) for update in sorted(self._changed))
                 if known is not None
             )
             self._changed.clear()
-            self._announced_at = now
             body = availability_gossip(Availability(updates))
             if updates and len(body) <= MAX_GOSSIP_BYTES:  # else the edges' Have must do
                 effects.append(ev.PublishAvailability(body))
         return effects
+
+    def _gossip_soon(self, update: UpdateId, now: float) -> None:
+        if not self._changed:
+            self._gossip_at = now + self._policy.announce_interval
+        self._changed.add(update)
 
     def next_wakeup(self, now: float) -> float:
         """When a Tick is due at the latest."""
@@ -504,7 +509,7 @@ class Swarm:
         if self.clock is not None and not self.clock.passed(now):
             times.append(self.clock.next_wakeup())
         if self._changed:
-            times.append(self._announced_at + self._policy.announce_interval)
+            times.append(self._gossip_at)
         if self.phase == "exchanging":
             settled = self._settling_since + self._policy.settle_seconds
             times.extend(time for time in (settled, self._hopeless_from(now)) if time > now)

@@ -188,7 +188,7 @@ def test_in_flight_is_a_second_of_the_rate_and_a_block_at_least(rate: float) -> 
     assert flying <= max(rate, 4 * BLOCK / 4, BLOCK)
     assert flying >= min(rate / 2, 10 * 9 * BLOCK - 100)
     assert all(request.size <= MAX_REQUEST_BYTES for request in requests)
-    limit = max(BLOCK, rate / 4)
+    limit = max(BLOCK, rate / 2)
     assert all(request.size <= limit for request in requests)
 
 
