@@ -14,7 +14,9 @@ Key = tuple[UpdateId, int]
 """An update's chunk."""
 
 FIRST_RATE = 16_000.0  # bytes per second assumed of an unmeasured holder: 128 kbit/s
-RATE_WEIGHT = 0.3  # of a new sample: follows a change within a few pieces
+RATE_SECONDS = (
+    1.0  # over which a rate is smoothed; by time, or bursts would outweigh the stalls between
+)
 SAMPLE_SECONDS = 0.01  # pieces that one read brings together say nothing about the link's rate
 HICCUP = 0.25  # seconds; less looks like a slow holder where only the scheduler was
 LAG_WEIGHT = 0.25  # of a new sample: RFC 6298's for a deviation
@@ -30,11 +32,14 @@ class PickerPolicy:
         active_requests: open requests per holder (the seed's active pool).
         pending_chunks: chunks begun at once (the seed's pending pool).
         endgame_holders: holders asked for the same blocks when one of them is slow or late.
-        target_seconds: of a holder's rate that may be in flight.
+        target_seconds: of a holder's rate that may be in flight at most.
+        queue_seconds: of a holder's rate in flight above what its lag hides, or else two requests:
+            enough that it never idles, and no more, since what is asked for can no more be asked
+            of whoever turns out to be sooner.
         request_seconds: of a holder's rate that one request asks for; a fast link asks for a whole
             chunk in one frame, a slow one for one block.
-        dry_seconds: with less than this of its rate in flight a holder would soon idle, so it may
-            begin a chunk above ``pending_chunks``: the longest round trip worth hiding.
+        dry_seconds: with less than this of its rate in flight above what its lag hides a holder
+            would soon idle, so it may begin a chunk above ``pending_chunks``.
         first_bytes: in flight before a rate is known: half a second of 1 Mbit/s.
         look: chunks looked at when others will bring the first ones sooner: a slow holder can
             afford that, and is better off with what only it has.
@@ -52,8 +57,9 @@ class PickerPolicy:
     pending_chunks: int = 20
     endgame_holders: int = 2
     target_seconds: float = 1.0
+    queue_seconds: float = 0.25
     request_seconds: float = 0.5
-    dry_seconds: float = 0.25
+    dry_seconds: float = 0.05
     first_bytes: int = 64 << 10
     look: int = 8
     noise: float = 0.1
@@ -153,15 +159,24 @@ class Pipeline:
         """How many blocks the next request may ask for; 0 for none."""
         if not self.usable or (self.open and len(self.open) >= self._limit):
             return 0
-        free = self._window() - self.in_flight
-        if self.open and free < block_size:
-            return 0
-        return max(1, int(min(free, self.max_request_bytes)) // block_size)
+        blocks = max(1, self.max_request_bytes // block_size)
+        if not self.open:
+            return blocks
+        # A whole request or none: what is left of a window would make many small ones.
+        size = blocks * block_size
+        if self.rate is None:
+            fits = self.in_flight + size <= self._policy.first_bytes
+        else:
+            enough = max(size, self.rate * (self._policy.queue_seconds + self.lag))
+            most = self.rate * self._policy.target_seconds
+            fits = self.in_flight <= enough and self.in_flight + size <= most
+        return blocks if fits else 0
 
     @property
     def dry(self) -> bool:
         """Whether so little is in flight that the holder would idle before the next request."""
-        return not self.open or self.in_flight < self._rate() * self._policy.dry_seconds
+        ahead = self.lag + self._policy.dry_seconds
+        return not self.open or self.in_flight < self._rate() * ahead
 
     def _rate(self) -> float:
         return self.rate if self.rate is not None else FIRST_RATE
@@ -195,11 +210,6 @@ class Pipeline:
         for request in reversed(self.open.values()):
             return self.remaining(request, now)
         return 0.0
-
-    def _window(self) -> float:
-        if self.rate is None:
-            return self._policy.first_bytes
-        return max(self._policy.first_bytes / 4, self.rate * self._policy.target_seconds)
 
     @property
     def max_request_bytes(self) -> int:
@@ -260,7 +270,11 @@ class Pipeline:
         if self._seconds < SAMPLE_SECONDS:
             return
         sample = self._bytes / self._seconds
-        self.rate = sample if self.rate is None else self.rate + RATE_WEIGHT * (sample - self.rate)
+        if self.rate is None:
+            self.rate = sample
+        else:
+            weight = 1.0 - math.exp(-self._seconds / RATE_SECONDS)
+            self.rate += weight * (sample - self.rate)
         self._bytes, self._seconds = 0, 0.0
 
     def refused(self, number: int) -> BlockRequest | None:
