@@ -321,6 +321,31 @@ def test_a_piece_that_crosses_its_cancel_is_a_duplicate_and_no_fault() -> None:
         scene.picker.received(P0, slow.number, slow.size, scene.now)
 
 
+def test_while_something_is_unasked_nothing_is_asked_twice_unless_it_is_late() -> None:
+    # p0 has both chunks and is asked for one; p1, much faster, has that one only.
+    scene = picker("11", rates=(8e3,))
+    slow = scene.ask("p0")
+    assert len(slow) == 1
+    scene.holder("p1", "".join("*" if k == slow[0].chunk else " " for k in range(2)), rate=50e6)
+    assert scene.ask("p1") == []
+    scene.now = slow[0].due + 2.0
+    assert [request.key for request in scene.ask("p1")] == [slow[0].key]
+
+
+def test_a_rate_is_that_of_the_time_and_not_of_the_pieces() -> None:
+    # A holder that stands still for most of the time brings little, however fast it is between.
+    scene = picker("1" * 40, blocks="9" * 40, rates=(1e6,))
+    bytes_before = scene.picker.bytes_verified(scene.update())
+    began = scene.now
+    for _ in range(4):
+        for seconds in (1.0, 0.011, 0.011, 0.011):
+            if not scene.waiting["p0"]:
+                scene.ask("p0")
+            scene.answer(scene.waiting["p0"][0], seconds)
+    true = (scene.picker.bytes_verified(scene.update()) - bytes_before) / (scene.now - began)
+    assert 0.5 * true < scene.picker.holder_rate(P0) < 2.0 * true
+
+
 def test_no_more_than_endgame_holders_are_asked() -> None:
     scene = picker("1", rates=(2e3,))
     scene.ask("p0")

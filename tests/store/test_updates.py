@@ -26,6 +26,7 @@ from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
 from p2pfl_torrent.store import Store, StoreError
 from p2pfl_torrent.store import updates as updates_module
+from p2pfl_torrent.store.updates import RECORD_TOGETHER
 from tests.core.small_models import finite_arrays, same_bits
 
 SWARM = b"\x01" * 32
@@ -114,6 +115,27 @@ def test_chunks_come_back_as_files_that_the_library_reads(store: Store, tmp_path
         assert store.read(update.id, index, 3, 20) == file[3:23]
     on_disk = (tmp_path / "updates" / update.id.hex()).read_bytes()
     assert on_disk == b"".join(update.files)
+
+
+def test_which_chunks_are_here_is_recorded_some_together_and_at_the_end(tmp_path: Path) -> None:
+    def recorded() -> int:
+        with contextlib.closing(sqlite3.connect(tmp_path / "chunks.sqlite")) as database:
+            (count,) = database.execute("SELECT COUNT(*) FROM chunks").fetchone()
+        return int(count)
+
+    owners = -(-RECORD_TOGETHER // CHUNKS)
+    with opened(tmp_path) as store:
+        for number in range(owners):
+            update = Update(f"owner {number}", 1)
+            store.put_manifest(update.manifest)
+        for number in range(owners):
+            for chunk in range(CHUNKS):
+                before = number * CHUNKS + chunk
+                assert recorded() == before // RECORD_TOGETHER * RECORD_TOGETHER
+                update = Update(f"owner {number}", 1)
+                store.write(update.id, chunk, 0, update.files[chunk])
+                store.complete_chunk(update.id, chunk, SOURCE)
+    assert recorded() == owners * CHUNKS
 
 
 def test_a_mapped_chunk_outlives_its_file(store: Store) -> None:
