@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "aggregate": "averaging updates on disk: GB per CPU-second beside plain numpy, memory",
+    "compare": "our round beside libtorrent's, gloo's, p2pfl's and a central server's",
     "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
     "memory": "a peer idle beside a bare py-libp2p host, and its peak in exchanges",
     "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",

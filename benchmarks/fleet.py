@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +21,23 @@ class FleetError(Exception):
 class Process:
     """One child that answers lines with JSON lines."""
 
-    def __init__(self, label: str, arguments: Sequence[str], errors: IO[bytes]) -> None:
+    def __init__(
+        self,
+        label: str,
+        arguments: Sequence[str],
+        errors: IO[bytes],
+        *,
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.label = label
         self._errors = errors
         self._child = subprocess.Popen(
-            [sys.executable, *arguments],
+            [python, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
+            env=environment,
         )
 
     def say(self, line: str) -> None:
@@ -51,6 +60,10 @@ class Process:
         code = self._child.wait()
         self._errors.seek(0)
         raise FleetError(f"{self.label} ended with {code}: {self._errors.read().decode()[-2000:]}")
+
+    def kill(self) -> None:
+        """End it at once; whoever waits to hear from it gets a FleetError."""
+        self._child.kill()
 
     def end(self) -> None:
         """Close its stdin, which ends it, and make sure."""
