@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,8 +38,6 @@ def run(arguments: Namespace) -> int:
     limit_threads()
     from p2pfl_torrent.peer import Peer
 
-    # An optimizer makes torch's compiler make its cache directory; nothing is compiled here.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     trainer = task.trainer(config.federate.on_merge)
     calibration = list(trainer.batches()) if config.chunk.norm_policy == "recalibrate" else None
     console = console_for(view_stream(arguments.json), plain=arguments.plain)

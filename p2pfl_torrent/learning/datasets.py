@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -189,11 +190,9 @@ def _read_up_to(stream: BinaryIO, size: int) -> bytearray:
 
 
 def _load_digits() -> tuple[Dataset, Dataset]:
-    with _needing("scikit-learn"):
-        from sklearn.datasets import load_digits
-    source: Any = load_digits()
-    x = (np.asarray(source.images, dtype=np.float32) / np.float32(16))[:, np.newaxis]
-    whole = Dataset(x, np.asarray(source.target, dtype=np.int64), 10)
+    rows = _digits_rows()
+    x = (rows[:, :-1].astype(np.float32) / np.float32(16)).reshape(-1, 1, 8, 8)
+    whole = Dataset(x, rows[:, -1].astype(np.int64), 10)
     # RandomState, unlike Generator, promises the same stream in every numpy version.
     rng = np.random.RandomState(DIGITS_SEED)
     shuffled = [rng.permutation(np.flatnonzero(whole.y == label)) for label in range(10)]
@@ -204,6 +203,20 @@ def _load_digits() -> tuple[Dataset, Dataset]:
         whole.subset(np.sort(np.concatenate(train))),
         whole.subset(np.sort(np.concatenate(test))),
     )
+
+
+def _digits_rows() -> npt.NDArray[np.float64]:
+    """Pixels, and last the label, of each image."""
+    # The file in scikit-learn, not its loader: importing that takes a second and 50 MB.
+    package = find_spec("sklearn")
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if path.exists():
+            return np.loadtxt(path, delimiter=",")
+    with _needing("scikit-learn"):
+        from sklearn.datasets import load_digits
+    source: Any = load_digits()
+    return np.column_stack((source.data, source.target))
 
 
 def _load_mnist(root: Path) -> tuple[Dataset, Dataset]:

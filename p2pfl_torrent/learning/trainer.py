@@ -16,6 +16,7 @@ from torch.nn import functional
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset
 from p2pfl_torrent.learning.recipes import OnMerge
+from p2pfl_torrent.learning.sgd import SGD
 
 OnBatch = Callable[[int, int, float], None]
 """Called after each batch with (batches done, batches in total, loss of this batch)."""
@@ -89,15 +90,10 @@ class Trainer:
         self.batch_size = batch_size
         self.proximal = proximal
         self.on_merge = on_merge
-        self._optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+        self._optimizer = SGD(model.parameters(), lr=lr, momentum=momentum)
         self._generator = torch.Generator().manual_seed(seed)
         self._x = torch.from_numpy(dataset.x).to(self._device)
         self._y = torch.from_numpy(dataset.y).to(self._device)
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """For whoever replaces the weights by other means and resets its state then."""
-        return self._optimizer
 
     @property
     def batches_per_epoch(self) -> int:
@@ -137,7 +133,7 @@ class Trainer:
     def merged(self) -> None:
         """Say that the model's weights were replaced by an aggregate: applies `on_merge`."""
         if self.on_merge == "reset":
-            self._optimizer.state.clear()
+            self._optimizer.reset()
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """One pass over the training set in its own order, for scoring and recalibrating."""
@@ -145,7 +141,7 @@ class Trainer:
         return self._cut(order)
 
     def _step(self, x: torch.Tensor, y: torch.Tensor, anchors: list[torch.Tensor]) -> torch.Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         loss = functional.cross_entropy(self.model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.proximal:

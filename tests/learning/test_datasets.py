@@ -228,6 +228,14 @@ def test_a_package_built_for_another_torch_is_explained(
         load("torchvision:MNIST", tmp_path)
 
 
+def test_the_digits_are_those_of_scikit_learns_own_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = load("digits")
+    monkeypatch.setattr(datasets, "find_spec", lambda name: None)
+    for half, loaded in zip(read, load("digits"), strict=True):
+        assert np.array_equal(half.x, loaded.x)
+        assert np.array_equal(half.y, loaded.y)
+
+
 class FakeMNIST:
     """torchvision's MNIST as far as it is used: [n, h, w] pixels, an array of targets."""
 

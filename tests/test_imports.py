@@ -28,6 +28,23 @@ def test_a_node_needs_no_torch() -> None:
     assert not loaded_by("p2pfl_torrent.peer.node")
 
 
+def test_a_recipe_trains_without_torchs_compiler_and_the_library_of_its_data() -> None:
+    program = """
+import sys
+from p2pfl_torrent.cli.task import load_tasks
+from p2pfl_torrent.config import PeerConfig
+[task] = load_tasks(PeerConfig(), 2, [1])
+trainer = task.trainer()
+trainer.train(1)
+task.score(trainer.model)
+print(*({"torch._dynamo", "sympy", "sklearn"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert not done.stdout.split()
+
+
 def test_the_faces_are_there_when_asked_for() -> None:
     program = "from p2pfl_torrent.peer import AsyncPeer, Peer, PeerStoppedError"
     subprocess.run([sys.executable, "-c", program], check=True)
