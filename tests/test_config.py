@@ -180,6 +180,12 @@ def test_yaml_and_mapping_lead_back(tmp_path: Path) -> None:
     assert PeerConfig.from_mapping(config.to_mapping()) == config
 
 
+@pytest.mark.parametrize(("rows", "chunks"), [(1, 1), (200, 1), (1024, 5), (10_000, 20)])
+def test_a_tiny_model_is_cut_into_fewer_chunks(rows: int, chunks: int) -> None:
+    spec = ModelSpec((TensorSpec("w", "F32", (rows, 10)),))
+    assert len(PeerConfig().plan_layout(spec).chunks) == chunks
+
+
 def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does() -> None:
     """A key's scope in the reference is what the code does with it."""
     other: dict[str, object] = {
@@ -200,11 +206,12 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)
-    ours = base.terms(SPEC, base.plan_layout(SPEC))
+    spec = ModelSpec((TensorSpec("w", "F32", (10_000, 10)), TensorSpec("b", "F32", (10,))))
+    ours = base.terms(spec, base.plan_layout(spec))
     scopes = {row.path: row.scope for row in reference()}
     for path, value in other.items():
         config = base.with_values(**{path.replace(".", "__"): value})
-        theirs = config.terms(SPEC, config.plan_layout(SPEC))
+        theirs = config.terms(spec, config.plan_layout(spec))
         assert (theirs != ours) == (scopes[path] == "genesis"), path
         if theirs != ours:
             assert difference(ours, theirs)

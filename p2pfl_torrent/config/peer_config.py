@@ -28,7 +28,7 @@ from p2pfl_torrent.config.schema import (
     section,
     walk,
 )
-from p2pfl_torrent.core.chunking import Layout, plan
+from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.genesis import RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.tensors import ModelSpec
@@ -161,8 +161,9 @@ class PeerConfig:
         )
 
     def plan_layout(self, spec: ModelSpec) -> Layout:
-        """Cut a model as ``chunk`` says."""
-        return plan(spec, num_chunks=self.chunk.num_chunks, block_size=self.chunk.block_size)
+        """Cut a model as ``chunk`` says, a tiny one into fewer chunks."""
+        num_chunks = max(1, min(self.chunk.num_chunks, spec.nbytes // MIN_CHUNK_BYTES))
+        return plan(spec, num_chunks=num_chunks, block_size=self.chunk.block_size)
 
     def terms(self, spec: ModelSpec, layout: Layout) -> Terms:
         """What all peers of the swarm must agree on."""

@@ -315,7 +315,7 @@ class ChunkSection:
         20,
         GENESIS,
         "chunks to aim at",
-        "the seed's; fewer for tiny models",
+        "the seed's; of a tiny model fewer, of 8 KiB",
         least=1,
         most=MAX_CHUNKS,
     )

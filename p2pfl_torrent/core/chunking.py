@@ -21,6 +21,7 @@ from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError, RemotePro
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec, array_bytes
 
 MAX_CHUNKS = 1 << 16  # a chunk's index is 16 bits on the wire
+MIN_CHUNK_BYTES = 8 << 10  # of a tiny model: to ask for a chunk and answer takes 2 ms of CPU
 MAX_HEADER_PER_SLICE = 2 << 10  # JSON of one entry: up to 256 characters of name, escaped
 MAX_HEADER_FIXED = 1 << 10  # braces, metadata and padding
 
