@@ -19,7 +19,7 @@ PROTOCOL_ID = "/p2pfl-torrent/chunk/1.0.0"
 
 FRAME_HEADER = struct.Struct("!IB")  # bytes that follow the type, type
 MAX_CONTROL_FRAME = 1 << 20  # a manifest of 32,000 blocks; a larger model's layout raises it
-MAX_REQUEST_BYTES = 1 << 20  # one Piece's payload: bounds what a request can pin in memory
+MAX_REQUEST_BYTES = 2 << 20  # one Piece's payload: bounds what a request can pin in memory
 MAX_RECORD_BYTES = 4096  # a signed member record with 16 addresses
 MAX_HAVE = 4096  # chunks in one Have
 MAX_UPDATES = 4096  # updates in one Availability: members x rounds kept

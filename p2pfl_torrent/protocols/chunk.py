@@ -14,7 +14,9 @@ from p2pfl_torrent.core.messages import (
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import FrameStream
 
-WRITE_PATIENCE = 120.0  # seconds for one frame: 1 MiB at 128 kbit/s takes 66
+WRITE_PATIENCE = (
+    120.0  # seconds for one frame: 1 MiB at 128 kbit/s takes 66, and nobody asks for more there
+)
 BODY_PATIENCE = 120.0  # seconds from a frame's header to its end, likewise
 
 __all__ = ["PROTOCOL_ID", "ChunkChannel"]
