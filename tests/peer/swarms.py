@@ -34,8 +34,9 @@ class Member:
 
     def __init__(self, config: PeerConfig, number: int) -> None:
         torch.manual_seed(number)
-        # 33 KB, so that blocks of 1 KiB make several chunks of several blocks.
-        self.model = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32))
+        # 66 KB, so that blocks of 1 KiB make several chunks of several blocks.
+        layers = (nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64, bias=False))
+        self.model = nn.Sequential(*layers)
         self.peer = AsyncPeer(config, self.model)
         self.number = number
         self.num_samples = 10 * number

@@ -33,7 +33,7 @@ def config(bootstrap: list[str], state_dir: str = "") -> PeerConfig:
 
 async def one_round(state_dir: Path) -> None:
     """Two peers finish round 1 of 2; the founder keeps its state."""
-    founder = AsyncPeer(config([], str(state_dir)), nn.Linear(4, 2))
+    founder = AsyncPeer(config([], str(state_dir)), nn.Linear(64, 64))
 
     async def take_part(peer: AsyncPeer) -> None:
         async with peer:
@@ -43,18 +43,18 @@ async def one_round(state_dir: Path) -> None:
         nursery.start_soon(take_part, founder)
         while not founder.addrs:
             await trio.lowlevel.checkpoint()
-        nursery.start_soon(take_part, AsyncPeer(config([founder.addrs[0]]), nn.Linear(4, 2)))
+        nursery.start_soon(take_part, AsyncPeer(config([founder.addrs[0]]), nn.Linear(64, 64)))
 
 
 def again(state_dir: Path) -> Node:
-    model = nn.Linear(4, 2)
+    model = nn.Linear(64, 64)
     spec = describe(model)
     return Node(config([], str(state_dir)), spec, to_arrays(model, spec))
 
 
 def plant_unpublished_update(state_dir: Path) -> Manifest:
     """What a kill between signing an update and storing its last chunk leaves behind."""
-    model = nn.Linear(4, 2)
+    model = nn.Linear(64, 64)
     spec = describe(model)
     layout = config([]).plan_layout(spec)
     assert len(layout.chunks) > 1
