@@ -147,13 +147,13 @@ def timed(function: Callable[[], object]) -> float:
 def measure(updates: int, megabytes: float, repeats: int) -> dict[str, object]:
     """In turns, so often."""
     shapes = model(Spec({}, 0, megabytes))
+    before = anonymous_bytes()  # here: malloc keeps what the making of files took, and gives it on
     with tempfile.TemporaryDirectory(prefix="p2pfl-benchmark-") as place:
         directory = Path(place)
         files = made(shapes, updates, directory)
         store = Checkpoints(directory, shapes)
-        before = anonymous_bytes()
         with peak_memory() as peak:
-            ours(files, store)  # the first, since malloc keeps a part of what it took; not timed
+            ours(files, store)  # not timed: the page cache and numpy's loops get warm
         rows = [
             Row(timed(lambda: ours(files, store)), timed(lambda: by_numpy(files, store)))
             for _ in range(repeats)
