@@ -8,9 +8,11 @@ import sys
 BENCHMARKS = {
     "aggregate": "averaging updates on disk: GB per CPU-second beside plain numpy, memory",
     "compare": "our round beside libtorrent's, gloo's, p2pfl's and a central server's",
+    "connect": "a full mesh of processes coming up: seconds, and milliseconds a link",
     "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
     "memory": "a peer idle beside a bare py-libp2p host, and its peak in exchanges",
     "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",
+    "rounds": "protocol time of a round with next to nothing to send, and its gossip deliveries",
 }
 
 

@@ -80,6 +80,18 @@ class Process:
 @contextmanager
 def members(specs: Sequence[Spec], directory: Path) -> Iterator[list[Process]]:
     """A swarm of members that have all joined; the first is the founder."""
+    with gathered(specs, directory) as fleet:
+        for process in fleet:
+            process.hear("ready")
+        yield fleet
+
+
+@contextmanager
+def gathered(specs: Sequence[Spec], directory: Path) -> Iterator[list[Process]]:
+    """Members of a swarm that have begun to join, the first as its founder.
+
+    Those that wait for a word before they join all listen.
+    """
     with ExitStack() as stack:
         fleet: list[Process] = []
         entry: list[str] = []
@@ -95,6 +107,7 @@ def members(specs: Sequence[Spec], directory: Path) -> Iterator[list[Process]]:
             fleet.append(process)
             if not entry:
                 entry.append(process.hear("address")["address"])
-        for process in fleet:
-            process.hear("ready")
+        for process, spec in zip(fleet[1:], specs[1:], strict=True):
+            if spec.waits:
+                process.hear("address")
         yield fleet

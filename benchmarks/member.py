@@ -15,6 +15,7 @@ import os
 import resource
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ import numpy as np
 import trio
 
 from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.reports import EdgeChanged
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
+from p2pfl_torrent.peer.feed import Subscription
 from p2pfl_torrent.peer.node import Node, open_node
 
 ROWS = 1000
@@ -40,12 +43,14 @@ class Spec:
         place: from 0.
         megabytes: size of the model, 10^6 bytes each.
         tensors: how many the model is made of.
+        waits: it listens, but neither serves nor dials before the leader says a first line.
     """
 
     config: dict[str, object]
     place: int
     megabytes: float
     tensors: int = 20
+    waits: bool = False
 
 
 def model(spec: Spec) -> ModelSpec:
@@ -132,10 +137,21 @@ async def member(spec: Spec) -> None:
     start = weights(shapes, np.random.default_rng(0))
     rng = np.random.default_rng(spec.place + 1)
     config = PeerConfig.from_mapping(spec.config)
-    node = Node(config, shapes, start, on_address=lambda address: tell({"address": address}))
+    used = 0.0
+
+    def listening(address: str) -> None:
+        nonlocal used
+        tell({"address": address})
+        if spec.waits:
+            sys.stdin.readline()  # in place: nothing shall run meanwhile
+        used = cpu_seconds()
+
+    node = Node(config, shapes, start, on_address=listening)
+    events = node.feed.subscribe() if spec.waits else None
     del start
     async with open_node(node):
-        tell({"ready": node.peer_id})
+        at = {"at": time.monotonic(), "cpu_seconds": cpu_seconds() - used}
+        tell({"ready": node.peer_id, **at, "links": link_seconds(events) if events else {}})
         while line := (await next_line()).strip():
             if line == "memory":
                 tell({"anonymous": anonymous_bytes()})
@@ -149,11 +165,20 @@ async def member(spec: Spec) -> None:
             tell({**row, "peak": peak.bytes})
 
 
+def link_seconds(events: Subscription) -> dict[str, float]:
+    """Until our stream to each peer was open, the first time, from when the link was wanted."""
+    links: dict[str, float] = {}
+    for event in events.drain():
+        if isinstance(event, EdgeChanged) and event.change == "open":
+            links.setdefault(event.neighbour, event.seconds or 0.0)
+    return links
+
+
 async def _exchange(node: Node, update: dict[str, Array]) -> dict[str, object]:
     before, cpu = node.statistics(), cpu_seconds()
     began = trio.current_time()
     merged = await node.exchange(update, 100, {})
-    report, after = merged.report, node.statistics()
+    report, after, gossip = merged.report, node.statistics(), node.gossip_counters
     return {
         "seconds": trio.current_time() - began,
         "exchange_seconds": report.exchange_seconds,
@@ -163,6 +188,8 @@ async def _exchange(node: Node, update: dict[str, Array]) -> dict[str, object]:
         "duplicate": report.bytes_duplicate,
         "uploaded": after.bytes_up - before.bytes_up,
         "control": after.bytes_control_up - before.bytes_control_up,
+        "gossip_delivered": gossip.delivered,
+        "gossip_twice": gossip.duplicates,
         "hash": report.model_hash,
     }
 

@@ -18,6 +18,7 @@ def model(*tensors: str, aliases: tuple[tuple[str, str], ...] = ()) -> ModelSpec
 
 
 LINEAR = model("w 2 3", "b 3")
+LARGE = model("w 200 300", "b 300")  # worth several chunks
 
 
 def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
@@ -42,7 +43,7 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
     ],
 )
 def test_a_difference_is_told_by_its_key(values: dict[str, object], told: str) -> None:
-    assert explain(terms(), terms(LINEAR, **values)) == told
+    assert explain(terms(LARGE), terms(LARGE, **values)) == told
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ class Picker:
 
     def __init__(self, *, layout: Layout, policy: PickerPolicy, rng: random.Random) -> None:
         self._layout = layout
+        self._largest = 1  # bytes of a chunk
         self._policy = policy
         self._rng = rng
         self._updates: dict[UpdateId, _Update] = {}
@@ -123,6 +124,7 @@ class Picker:
             complete: chunks that are here; changed as more arrive.
         """
         entries = manifest.entries
+        self._largest = max(self._largest, *(entry.size for entry in entries))
         if ages is None:
             ages = [1] * len(entries)
         order = sorted(
@@ -235,7 +237,7 @@ class Picker:
         holder = self._holders.get(peer)
         requests: list[BlockRequest] = []
         while holder is not None:
-            limit = holder.pipeline.room(self._layout.block_size)
+            limit = holder.pipeline.room(self._layout.block_size, self._largest)
             found = self._find(holder, limit, now) if limit else None
             if found is None:
                 break

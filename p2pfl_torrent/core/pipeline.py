@@ -155,15 +155,19 @@ class Pipeline:
         """Whether the holder is asked at all: not while it owes answers to what expired."""
         return not self.expired and len(self.abandoned) < self._policy.owed_answers
 
-    def room(self, block_size: int) -> int:
-        """How many blocks the next request may ask for; 0 for none."""
+    def room(self, block_size: int, largest: int) -> int:
+        """How many blocks the next request may ask for; 0 for none.
+
+        Args:
+            largest: bytes that a chunk has at most, which may be less than a block.
+        """
         if not self.usable or (self.open and len(self.open) >= self._limit):
             return 0
         blocks = max(1, self.max_request_bytes // block_size)
         if not self.open:
             return blocks
         # A whole request or none: what is left of a window would make many small ones.
-        size = blocks * block_size
+        size = min(blocks * block_size, largest)
         if self.rate is None:
             fits = self.in_flight + size <= self._policy.first_bytes
         else:

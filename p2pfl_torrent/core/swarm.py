@@ -65,6 +65,9 @@ class SwarmPolicy:
     """Local settings of the machine.
 
     Attributes:
+        manifest_gossip: seconds after which an own manifest is gossiped, unless all neighbours
+            have shown by then that they have some of the update: they had it from us at once, and
+            pass it on.
         announce_interval: seconds for which news waits for more before it is gossiped: edges
             carry it at once, so this only repairs.
         settle_seconds: how long nothing more of a dead owner's update may have become available
@@ -73,6 +76,7 @@ class SwarmPolicy:
 
     picker: PickerPolicy = field(default_factory=PickerPolicy)
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
+    manifest_gossip: float = 1.0
     announce_interval: float = 5.0
     settle_seconds: float = 0.5
 
@@ -115,6 +119,8 @@ class Swarm:
         self._taken = 0  # the round whose start weights were last taken from another peer
         self._moved = True  # something happened by which the round may be over
         self._gossip_at = 0.0  # when what changed is to be gossiped
+        self._unheard: Manifest | None = None  # ours, which may have to be gossiped too
+        self._unheard_until = 0.0
         self._settling_since = 0.0
         self._strikes: dict[PeerId, int] = {}
         self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
@@ -458,8 +464,8 @@ class Swarm:
         known.came_late = missed
         self._moved = True
         self.clock.published(self.local)
-        effects.append(ev.PublishManifest(self._gossip_form(manifest)))
         effects.extend(self.serving.announce_update(known, with_manifest=True))
+        self._unheard, self._unheard_until = manifest, now + self._policy.manifest_gossip
         self._gossip_soon(manifest.update, now)
         self._settling_since = now
         if missed:
@@ -485,6 +491,10 @@ class Swarm:
         self.picker.set_pressure(self._predicted_miss(now))
         expired = self.fetching.expire(now)
         effects = expired + self._ask(now)
+        if self._unheard is not None and now >= self._unheard_until:
+            if not self._has_spread(self._unheard.update):
+                effects.append(ev.PublishManifest(self._gossip_form(self._unheard)))
+            self._unheard = None
         if self._changed and now >= self._gossip_at:
             updates = tuple(
                 chunks_of(known)
@@ -496,6 +506,12 @@ class Swarm:
             if updates and len(body) <= MAX_GOSSIP_BYTES:  # else the edges' Have must do
                 effects.append(ev.PublishAvailability(body))
         return effects
+
+    def _has_spread(self, update: UpdateId) -> bool:
+        """Whether all who fetch here have shown that they have some of an update."""
+        fetchers = self.serving.fetchers & self.live.keys()
+        held = [self.fetching.remote_holds(peer, update) for peer in fetchers]
+        return bool(held) and all(chunks is not None and chunks.count for chunks in held)
 
     def _gossip_soon(self, update: UpdateId, now: float) -> None:
         if not self._changed:
@@ -510,6 +526,8 @@ class Swarm:
             times.append(self.clock.next_wakeup())
         if self._changed:
             times.append(self._gossip_at)
+        if self._unheard is not None:
+            times.append(self._unheard_until)
         if self.phase == "exchanging":
             settled = self._settling_since + self._policy.settle_seconds
             times.extend(time for time in (settled, self._hopeless_from(now)) if time > now)

@@ -27,7 +27,7 @@ from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import EdgeChanged, PeerEvent
 from p2pfl_torrent.core.serving import Upload
 from p2pfl_torrent.core.swarm import Swarm
-from p2pfl_torrent.exchange.edges import Edge, Lane, OutboxFullError
+from p2pfl_torrent.exchange.edges import MAX_TOGETHER, Edge, Lane, OutboxFullError
 from p2pfl_torrent.exchange.ports import Channel, Dialer, EdgeClosedError, UpdateStore
 
 PING_INTERVAL = 1.0  # seconds of silence after which a holder is asked for a sign of life
@@ -36,6 +36,7 @@ FIRST_RETRY = 0.05  # seconds; a restarting process is back within tenths
 MAX_RETRY = 5.0  # seconds between two dials of a neighbour that is not there
 FIRST_DIAL_HEADSTART = 0.3  # seconds the lower PeerId has to dial, so that both rarely do at once
 MIN_TICK = 0.005  # seconds; no timer needs more, and a mistake must not spin
+SMALL_PIECE = 4 << 10  # bytes; of these, several are sent in one write
 MAX_EDGES = 2048  # kept, if only to be counted: of all members there may be, and of as many others
 MAX_BANNED = 4096  # the last to be dropped; new names cost nothing and must not fill a table
 
@@ -327,8 +328,14 @@ class Exchange:
     async def _write_questions(self, edge: Edge, lane: Lane) -> None:
         while True:
             await lane.outbox.wait()
-            while (message := lane.outbox.take()) is not None:
-                edge.up.add(message, await lane.channel.send(message), trio.current_time())
+            while messages := lane.outbox.take_some():
+                await self._send(edge, lane, messages)
+
+    async def _send(self, edge: Edge, lane: Lane, messages: Sequence[Message]) -> None:
+        sizes = await lane.channel.send_together(messages)
+        now = trio.current_time()
+        for message, size in zip(messages, sizes, strict=True):
+            edge.up.add(message, size, now)
 
     async def _ping(self, edge: Edge, lane: Lane, pings: dict[int, float]) -> None:
         number = 0
@@ -410,19 +417,32 @@ class Exchange:
         while True:
             await lane.outbox.wait()
             while True:
-                message = lane.outbox.take()
-                upload: Upload | Reject | None = None
-                if message is None:
-                    upload = self.swarm.next_upload(edge.peer, trio.current_time())
-                    if upload is None:
-                        break
-                    message = self._piece(upload) if isinstance(upload, Upload) else upload
-                size = await lane.channel.send(message)
-                now = trio.current_time()
-                edge.up.add(message, size, now)
-                if isinstance(upload, Upload):
-                    self.swarm.serving.uploaded(edge.peer, upload.size, now)
-                    self._wake_writers()
+                messages = lane.outbox.take_some()
+                large = self._add_pieces(edge.peer, messages)
+                if not messages:
+                    break
+                await self._send(edge, lane, messages)
+                if large is not None:
+                    self.swarm.serving.uploaded(edge.peer, large.size, trio.current_time())
+                self._wake_writers()
+
+    def _add_pieces(self, peer: PeerId, messages: list[Message]) -> Upload | None:
+        """Add the pieces whose turn it is, small ones together; a large one comes last.
+
+        Returns:
+            The large one, which holds its place among the uploads until it is sent.
+        """
+        while len(messages) < MAX_TOGETHER:
+            now = trio.current_time()
+            upload = self.swarm.next_upload(peer, now)
+            if upload is None:
+                return None
+            messages.append(upload if isinstance(upload, Reject) else self._piece(upload))
+            if isinstance(upload, Upload):
+                if upload.size > SMALL_PIECE:
+                    return upload
+                self.swarm.serving.uploaded(peer, upload.size, now)
+        return None
 
     def _piece(self, upload: Upload) -> Piece:
         data = self._store.read(upload.update, upload.chunk, upload.offset, upload.size)

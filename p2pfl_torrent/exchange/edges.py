@@ -13,6 +13,7 @@ from p2pfl_torrent.exchange.ports import Channel
 
 MAX_OUTBOX = 8192  # messages; more waiting means that the other side does not read
 MAX_WAITING = 64  # answers, of which a correct neighbour waits for some 30; each may be a manifest
+MAX_TOGETHER = 32  # messages in one write: more gain nothing, and wait for each other
 RATE_HORIZON = 2.0  # seconds over which a rate is averaged: smooth to look at, quick to follow
 RTT_WEIGHT = 0.125  # of a new sample, RFC 6298
 
@@ -52,6 +53,13 @@ class Outbox:
             self._has_room.set()
             self._has_room = trio.Event()
         return message
+
+    def take_some(self) -> list[Message]:
+        """The next messages, as many as may share a write."""
+        taken: list[Message] = []
+        while len(taken) < MAX_TOGETHER and (message := self.take()) is not None:
+            taken.append(message)
+        return taken
 
     async def room(self) -> None:
         """Until fewer than MAX_WAITING messages wait."""

@@ -81,6 +81,10 @@ class Channel(Protocol):
         """Send one message; returns the bytes it took on the stream."""
         ...
 
+    async def send_together(self, messages: Sequence[Message]) -> list[int]:
+        """Send messages in this order, small ones in one write; returns the bytes each took."""
+        ...
+
     async def receive(self) -> tuple[Message, int]:
         """The next message and its bytes on the stream.
 

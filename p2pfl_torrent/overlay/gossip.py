@@ -28,7 +28,13 @@ from p2pfl_torrent.core.errors import LocalProtocolError
 from p2pfl_torrent.overlay.identity import is_peer_id
 from p2pfl_torrent.overlay.limits import TokenBuckets
 from p2pfl_torrent.overlay.mesh import Router
-from p2pfl_torrent.overlay.rpc import MAX_MESSAGES, MAX_RPC, WireError, bounded
+from p2pfl_torrent.overlay.rpc import (
+    MAX_MESSAGES,
+    MAX_RPC,
+    MAX_SUBSCRIPTIONS,
+    WireError,
+    bounded,
+)
 from p2pfl_torrent.overlay.stream import Stream, StreamBroken
 from p2pfl_torrent.overlay.yamux_stream import YamuxStream
 
@@ -108,8 +114,11 @@ class Gossip:
         """The connected peers that told us that they follow ``topic``."""
         return {str(peer) for peer in self._pubsub.peer_topics.get(topic, ())}
 
-    async def subscribe(self, topic: str, on_message: OnMessage) -> None:
+    async def subscribe(self, topic: str, on_message: OnMessage, *, relay: bool = True) -> None:
         """Calls ``on_message(originator, data)`` for every message on ``topic`` but our own.
+
+        Without ``relay`` nothing that comes on the topic is passed on: for one that only
+        neighbours of its one publisher follow, who all have it from there.
 
         The callback is called in place, between two reads of a socket: it must be quick and must
         not raise (that is logged). No queue lies in between, so none can overflow.
@@ -120,15 +129,21 @@ class Gossip:
         if topic in self._pubsub.callbacks:
             raise LocalProtocolError(f"subscribed to {topic} already")
         self._pubsub.callbacks[topic] = on_message
+        if not relay:
+            self._router.unrelayed.add(topic)
         await self._pubsub.subscribe(topic)
 
     async def unsubscribe(self, topic: str) -> None:
         """Ends a subscription; nothing happens if there is none."""
         if self._pubsub.callbacks.pop(topic, None) is not None:
             await self._pubsub.unsubscribe(topic)
+            self._router.unrelayed.discard(topic)
 
-    async def publish(self, topic: str, data: bytes) -> None:
+    async def publish(self, topic: str, data: bytes, *, to_all: bool = False) -> None:
         """Signs ``data`` and passes it to our neighbours; no promise that anybody gets it.
+
+        Args:
+            to_all: to each neighbour that follows the topic, for those that do not relay it.
 
         Raises:
             LocalProtocolError: more than ``MAX_DATA`` bytes.
@@ -137,6 +152,8 @@ class Gossip:
             raise LocalProtocolError(
                 f"{len(data)} bytes are too many to gossip (at most {MAX_DATA}): announce a hash"
             )
+        if to_all:
+            self._router.to_all.add(topic)
         await self._pubsub.publish(topic, data)
         self.counters.published += 1
 
@@ -345,18 +362,22 @@ def _is_dead(stream: INetStream) -> bool:
 
 
 def _joined(first: rpc_pb2.RPC, queue: RpcQueue) -> rpc_pb2.RPC:
-    """One packet of ``first`` and the messages queued behind it, as far as they fit."""
+    """One packet of ``first`` and what is queued behind it, as far as they fit; control alone."""
     waiting = queue._queue._non_priority
     size = first.ByteSize()
-    if first.HasField("control") or first.subscriptions or queue._queue._priority:
+    if first.HasField("control") or queue._queue._priority:
         return first
     packet = rpc_pb2.RPC()
     packet.CopyFrom(first)  # the queued object may be queued for other neighbours too
-    while waiting and not (waiting[0].HasField("control") or waiting[0].subscriptions):
+    while waiting and not waiting[0].HasField("control"):
         size += waiting[0].ByteSize()
-        if size > JOINED or len(packet.publish) + len(waiting[0].publish) > MAX_MESSAGES:
+        if (
+            size > JOINED
+            or len(packet.publish) + len(waiting[0].publish) > MAX_MESSAGES
+            or len(packet.subscriptions) + len(waiting[0].subscriptions) > MAX_SUBSCRIPTIONS
+        ):
             break
-        packet.publish.extend(waiting.popleft().publish)
+        packet.MergeFrom(waiting.popleft())
     return packet
 
 

@@ -38,7 +38,12 @@ IDONTWANT_FROM = 4 << 10
 
 
 class Router(GossipSub):
-    """The library's router, with our decisions."""
+    """The library's router, with our decisions.
+
+    Attributes:
+        unrelayed: topics we follow without a mesh: nothing that comes on them is passed on.
+        to_all: topics on which each follower gets our messages from us.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -57,15 +62,24 @@ class Router(GossipSub):
             eclipse_protection_enabled=False,  # grafts above the degree, for other IPs
         )
 
+        self.unrelayed: set[str] = set()
+        self.to_all: set[str] = set()
         self._young: dict[tuple[str, ID], int] = {}  # links, and for how many beats still
+
+    async def join(self, topic: str) -> None:
+        """Begins to follow a topic."""
+        if topic not in self.unrelayed:
+            await super().join(topic)
 
     # Sending
 
     async def publish(self, msg_forwarder: ID, pubsub_msg: rpc_pb2.Message) -> None:
         """Passes on a message that has been found good."""
+        (topic,) = pubsub_msg.topicIDs
+        if topic in self.unrelayed and msg_forwarder != self._me:
+            return
         self.mcache.put(pubsub_msg)
         mid = pubsub_msg.from_id + pubsub_msg.seqno
-        (topic,) = pubsub_msg.topicIDs
         if len(pubsub_msg.data) >= IDONTWANT_FROM:
             await self._emit_idontwant_for_message(mid, [topic])
         packet = rpc_pb2.RPC(publish=[pubsub_msg])
@@ -77,6 +91,8 @@ class Router(GossipSub):
                 self.send_rpc(peer, packet)
 
     def _receivers(self, topic: str, own: bool) -> set[ID]:
+        if own and topic in self.to_all:
+            return self._followers(topic)
         if topic not in self.mesh:
             known = self.fanout.setdefault(topic, set()) & self._followers(topic)
             known |= _some(self._followers(topic) - known, DEGREE - len(known))

@@ -47,7 +47,7 @@ from p2pfl_torrent.core.uploads import UploadPolicy
 from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
 from p2pfl_torrent.exchange.membership import MembershipDriver
 from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
-from p2pfl_torrent.overlay.gossip import Gossip, open_gossip
+from p2pfl_torrent.overlay.gossip import Gossip, GossipCounters, open_gossip
 from p2pfl_torrent.overlay.host import Host, open_host
 from p2pfl_torrent.overlay.identity import Identity, verify
 from p2pfl_torrent.overlay.stream import Stream
@@ -117,7 +117,7 @@ class Node:
         self._better: Welcomed | None = None
         self._waiting = trio.CancelScope()  # for the first members
         self._members: dict[PeerId, Member] = {}
-        self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes]](
+        self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes, bool]](
             MAX_QUEUED_GOSSIP
         )
         self._topics: dict[PeerId, str] = {}
@@ -469,6 +469,11 @@ class Node:
             now=trio.current_time(),
         )
 
+    @property
+    def gossip_counters(self) -> GossipCounters:
+        """What has come and gone by gossip so far; it goes on counting."""
+        return self._gossip.counters
+
     def snapshot(self) -> PeerStatistics | None:
         """``statistics``; None while there are none yet."""
         return self.statistics() if self._is_open else None
@@ -529,13 +534,15 @@ class Node:
                 self._followed.remove(topic)
                 await self._gossip.unsubscribe(topic)
             for topic in wanted - self._followed:
-                await self._follow(topic, self._availability_gossiped)
+                await self._follow(topic, self._availability_gossiped, relay=False)
             await self._topics_changed.wait()
             self._topics_changed = trio.Event()
 
-    async def _follow(self, topic: str, on_message: Callable[[str, bytes], None]) -> None:
+    async def _follow(
+        self, topic: str, on_message: Callable[[str, bytes], None], *, relay: bool = True
+    ) -> None:
         self._followed.add(topic)
-        await self._gossip.subscribe(topic, on_message)
+        await self._gossip.subscribe(topic, on_message, relay=relay)
 
     def _manifest_gossiped(self, origin: str, data: bytes) -> None:
         self._exchange.feed(ev.ManifestGossip(PeerId(origin), data))
@@ -547,12 +554,12 @@ class Node:
         self._exchange.feed(ev.AvailabilityGossip(PeerId(origin), data))
 
     async def _publish(self) -> None:
-        async for topic, data in self._gossip_queue:
-            await self._gossip.publish(topic, data)
+        async for topic, data, to_all in self._gossip_queue:
+            await self._gossip.publish(topic, data, to_all=to_all)
 
-    def _queue_gossip(self, topic: str, data: bytes) -> None:
+    def _queue_gossip(self, topic: str, data: bytes, *, to_all: bool = False) -> None:
         try:
-            self._to_gossip.send_nowait((topic, data))
+            self._to_gossip.send_nowait((topic, data, to_all))
         except trio.WouldBlock:
             pass  # what gossip would have told is pulled over the edges
 
@@ -638,7 +645,7 @@ class Node:
 
     def gossip_availability(self, data: bytes) -> None:
         """Publish on our availability topic."""
-        self._queue_gossip(f"{self._prefix}/have/{self.peer_id}", data)
+        self._queue_gossip(f"{self._prefix}/have/{self.peer_id}", data, to_all=True)
 
 
 def _make_directory(state_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.messages import (
     FRAME_HEADER,
@@ -18,6 +20,7 @@ WRITE_PATIENCE = (
     120.0  # seconds for one frame: 1 MiB at 128 kbit/s takes 66, and nobody asks for more there
 )
 BODY_PATIENCE = 120.0  # seconds from a frame's header to its end, likewise
+JOINED_BYTES = 16 << 10  # in one write; above, joining costs more than a frame
 
 __all__ = ["PROTOCOL_ID", "ChunkChannel"]
 
@@ -39,6 +42,25 @@ class ChunkChannel:
         head, payload = encode_message(message)
         await self._stream.write_frame(head, payload, WRITE_PATIENCE)
         return len(head) + len(payload)
+
+    async def send_together(self, messages: Sequence[Message]) -> list[int]:
+        """Send messages; small ones share a write, a frame of the muxer and one of Noise."""
+        sizes: list[int] = []
+        joined = bytearray()
+        for message in messages:
+            head, payload = encode_message(message)
+            sizes.append(len(head) + len(payload))
+            if joined and len(joined) + sizes[-1] > JOINED_BYTES:
+                await self._stream.write(bytes(joined), WRITE_PATIENCE)
+                joined.clear()
+            if sizes[-1] > JOINED_BYTES:
+                await self._stream.write_frame(head, payload, WRITE_PATIENCE)
+            else:
+                joined += head
+                joined += payload
+        if joined:
+            await self._stream.write(bytes(joined), WRITE_PATIENCE)
+        return sizes
 
     async def receive(self) -> tuple[Message, int]:
         """The next message and the bytes it took; waits as long as nothing comes."""

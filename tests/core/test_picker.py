@@ -7,10 +7,13 @@ import random
 import pytest
 
 from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.chunking import ChunkLayout, Layout
 from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.manifest import HASH_BYTES, make_manifest
 from p2pfl_torrent.core.messages import MAX_REQUEST_BYTES, REJECT_BUSY, REJECT_MISSING
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.picker import Picker, PickerPolicy
+from p2pfl_torrent.core.tensors import ModelSpec
 from tests.core.picker_pictures import BLOCK, Scene, layout_of, manifest_of, picker
 
 P0, P1, P2 = PeerId("p0"), PeerId("p1"), PeerId("p2")
@@ -175,6 +178,27 @@ def test_at_most_active_requests_are_open() -> None:
     assert scene.ask("p0") == []
 
 
+def test_chunks_smaller_than_a_block_count_with_their_size() -> None:
+    """Counted as whole blocks, those of a small model came one by one, a round trip each."""
+    layout = Layout(ModelSpec(()), tuple(ChunkLayout(k, (), 1) for k in range(30)), 64 << 10)
+    manifest = make_manifest(
+        layout=layout, swarm=bytes(HASH_BYTES), round=1, owner=P0, base_hash=bytes(HASH_BYTES),
+        num_samples=1, sizes=[1300] * 30, ranks=list(range(30)), blocks=[bytes(HASH_BYTES)] * 30,
+        sign=lambda _: b"",
+    )  # fmt: skip
+    picker = Picker(layout=layout, policy=PickerPolicy(), rng=random.Random(0))
+    picker.add_holder(P0)
+    picker.add_update(manifest)
+    picker.holder_has(P0, manifest.update, range(30))
+    requests = picker.next_requests(P0, 0.0)
+    assert len(requests) == PickerPolicy().active_requests
+    for request in requests:  # a rate is known then
+        received = picker.received(P0, request.number, request.size, 0.1)
+        assert received is not None
+        picker.verified(received, True, 0.1)
+    assert len(picker.next_requests(P0, 0.1)) > 1
+
+
 def test_before_a_rate_is_known_little_is_in_flight() -> None:
     scene = picker("1" * 30)
     assert sum(request.size for request in scene.ask("p0")) <= 64 << 10
@@ -290,7 +314,7 @@ def test_equal_holders_share() -> None:
         ),
     )
     one, other = scene.ask("p0"), scene.ask("p1")
-    assert min(len(one), len(other)) >= 5
+    assert min(len(one), len(other)) >= 4
     assert not {request.key for request in one} & {request.key for request in other}
 
 

@@ -70,6 +70,9 @@ class FakeChannel:
             await trio.sleep_forever()
         return 1
 
+    async def send_together(self, messages: Sequence[Message]) -> list[int]:
+        return [await self.send(message) for message in messages]
+
     async def receive(self) -> tuple[Message, int]:
         await trio.lowlevel.checkpoint()
         self.taken += 1

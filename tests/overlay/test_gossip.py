@@ -98,6 +98,25 @@ async def test_one_can_publish_to_a_topic_one_does_not_follow() -> None:
         await until(lambda: last.heard == [(first.host.peer_id, b"have")])
 
 
+async def test_what_is_not_relayed_goes_to_all_neighbours_and_no_further() -> None:
+    """In a full mesh each message of a relayed topic comes some three times."""
+    links = [(0, 1), (0, 2), (0, 3), (0, 4), (4, 5)]
+    async with a_swarm(6, links) as (first, *others):
+        for node in others:
+            await node.gossip.subscribe("availability", node.listen, relay=False)
+        *near, far = others
+        names = {node.host.peer_id for node in near}
+        await until(lambda: first.gossip.neighbours("availability") == names)
+        await until(lambda: far.host.peer_id in near[-1].gossip.neighbours("availability"))
+        said = [(first.host.peer_id, b"%d" % number) for number in range(20)]
+        for _, data in said:
+            await first.gossip.publish("availability", data, to_all=True)
+        await first.gossip.publish(TOPIC, b"the end")  # what is passed on comes in this order
+        await until(lambda: all(len(node.heard) > 20 for node in near) and len(far.heard) > 0)
+        assert all(node.heard[:20] == said for node in near)
+        assert far.heard == [(first.host.peer_id, b"the end")]
+
+
 async def test_after_unsubscribing_one_hears_nothing() -> None:
     async with a_swarm(2, [(0, 1)]) as (first, last):
         with pytest.raises(LocalProtocolError, match="subscribed to swarm already"):

@@ -1,0 +1,55 @@
+"""Gossip repairs: what the edges carried already is not said again."""
+
+from __future__ import annotations
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.swarm import SwarmPolicy
+from tests.core.swarm_world import World
+
+POLICY = SwarmPolicy()
+
+
+def test_manifests_that_the_edges_carried_are_not_gossiped() -> None:
+    """One gossip delivery costs what five on an open stream do, and each is forwarded."""
+    world = World("abcd", edges=["ab", "bc", "cd", "da"])
+    world.play()
+    world.run(60.0)
+    assert not any(node.sent(ev.PublishManifest) for node in world.nodes.values())
+    assert {len(node.counts(1)) for node in world.nodes.values()} == {4}
+
+
+def test_a_manifest_that_a_neighbour_shows_nothing_of_is_gossiped() -> None:
+    """Its stream may be stuck: others can tell it then, and whoever has no edge yet."""
+    world = World("abc", edges=["ab", "bc"])
+    world["b"].killed = True  # frozen: nobody has noticed
+    world.begin(1)
+    world.publish("a")
+    world.run(POLICY.manifest_gossip - 0.1)
+    assert not world["a"].sent(ev.PublishManifest)
+    world.run(0.2)
+    assert len(world["a"].sent(ev.PublishManifest)) == 1
+    world.run(60.0)
+    assert len(world["a"].sent(ev.PublishManifest)) == 1
+    assert world["a"].swarm.ledger.update_of(world["a"].name, 1) is not None
+    assert world["c"].swarm.ledger.update_of(world["a"].name, 1) is not None
+
+
+def test_a_manifest_without_anybody_to_carry_it_is_gossiped() -> None:
+    world = World("ab", edges=[])
+    world.begin(1)
+    world.publish("a")
+    world.run(POLICY.manifest_gossip + 0.1)
+    assert len(world["a"].sent(ev.PublishManifest)) == 1
+
+
+def test_availability_is_gossiped_in_batches() -> None:
+    """However many chunks come, one message in each interval in which any came."""
+    world = World("ab", rate=100.0)
+    world.play()
+    for node in world.nodes.values():
+        assert not node.sent(ev.PublishAvailability) or world.now >= POLICY.announce_interval
+    world.run(POLICY.announce_interval + 0.1)
+    sent = [len(node.sent(ev.PublishAvailability)) for node in world.nodes.values()]
+    assert all(1 <= count <= 1 + world.now // POLICY.announce_interval for count in sent)
+    world.run(60.0)
+    assert [len(node.sent(ev.PublishAvailability)) for node in world.nodes.values()] == sent
