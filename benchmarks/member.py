@@ -28,7 +28,8 @@ from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.reports import EdgeChanged
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
 from p2pfl_torrent.peer.feed import Subscription
-from p2pfl_torrent.peer.node import Node, open_node
+from p2pfl_torrent.peer.node import Node
+from p2pfl_torrent.peer.running import open_node
 
 ROWS = 1000
 SAMPLE_SECONDS = 0.02  # between two looks at the memory

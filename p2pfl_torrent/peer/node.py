@@ -5,21 +5,18 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import trio
-from exceptiongroup import BaseExceptionGroup
 
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.joining import Welcome
-from p2pfl_torrent.core.manifest import Manifest, decode_manifest, max_wire_bytes
-from p2pfl_torrent.core.membership import Membership
+from p2pfl_torrent.core.manifest import max_wire_bytes
 from p2pfl_torrent.core.membership_effects import Member
 from p2pfl_torrent.core.messages import (
     MAX_CONTROL_FRAME,
@@ -29,7 +26,6 @@ from p2pfl_torrent.core.messages import (
     Refuse,
 )
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.picker import PickerPolicy
 from p2pfl_torrent.core.reports import (
     Joined,
     Left,
@@ -40,19 +36,16 @@ from p2pfl_torrent.core.reports import (
     RoundReport,
     TrainingProgress,
 )
-from p2pfl_torrent.core.swarm import Swarm, SwarmPolicy
 from p2pfl_torrent.core.tensors import Array, ModelSpec, model_hash
 from p2pfl_torrent.core.topology import neighbours
-from p2pfl_torrent.core.uploads import UploadPolicy
 from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
 from p2pfl_torrent.exchange.membership import MembershipDriver
 from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
-from p2pfl_torrent.overlay.gossip import Gossip, GossipCounters, open_gossip
-from p2pfl_torrent.overlay.host import Host, open_host
-from p2pfl_torrent.overlay.identity import Identity, verify
+from p2pfl_torrent.overlay.gossip import Gossip, GossipCounters
+from p2pfl_torrent.overlay.host import Host
+from p2pfl_torrent.overlay.identity import Identity
 from p2pfl_torrent.overlay.stream import Stream
 from p2pfl_torrent.peer.adapters import HostDialer, StreamPort, open_stream
-from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import (
     HostNetwork,
@@ -60,27 +53,22 @@ from p2pfl_torrent.peer.network import (
     Welcomed,
     find_swarm,
     founded,
-    parse_bootstrap,
     read_welcome,
 )
-from p2pfl_torrent.peer.recording import recorded
-from p2pfl_torrent.peer.rounds import Merged, Rounds
-from p2pfl_torrent.peer.scoring import ImportanceScorer
+from p2pfl_torrent.peer.parts import Making, restore
+from p2pfl_torrent.peer.rounds import Merged
 from p2pfl_torrent.peer.snapshot import take_statistics
+from p2pfl_torrent.peer.topics import Topics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
 from p2pfl_torrent.protocols import members as members_protocol
 from p2pfl_torrent.protocols import state as state_protocol
 from p2pfl_torrent.store import (
-    Checkpoints,
-    Store,
     StoreError,
     forget_swarm,
-    keep_genesis,
     load_genesis,
 )
 
 PROTOCOLS = (chunk_protocol.PROTOCOL_ID, members_protocol.PROTOCOL_ID, state_protocol.PROTOCOL_ID)
-MAX_QUEUED_GOSSIP = 64  # publications waiting; more are dropped, the edges repair
 PAUSE = 0.2  # seconds between two looks at who is there while joining
 
 
@@ -113,15 +101,9 @@ class Node:
         self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")
         self._stack = ExitStack()
         self._is_open = False
-        self._followed: set[str] = set()  # gossip topics
         self._better: Welcomed | None = None
         self._waiting = trio.CancelScope()  # for the first members
         self._members: dict[PeerId, Member] = {}
-        self._to_gossip, self._gossip_queue = trio.open_memory_channel[tuple[str, bytes, bool]](
-            MAX_QUEUED_GOSSIP
-        )
-        self._topics: dict[PeerId, str] = {}
-        self._topics_changed = trio.Event()
 
     # --- starting ----------------------------------------------------------------------------
 
@@ -164,10 +146,10 @@ class Node:
         self._nursery = nursery
         genesis = found.genesis
         self._open_parts(genesis)
-        await self._restore()  # before anybody can ask for it
+        await restore(self._store, self._exchange)  # before anybody can ask for it
         self._serve()
-        nursery.start_soon(self._publish)
-        nursery.start_soon(self._follow_topics)
+        nursery.start_soon(self._topics.publish)
+        nursery.start_soon(self._topics.follow, self._exchange, self._driver)
         await nursery.start(self._exchange.run)  # type: ignore[arg-type]  # trio's own protocol
         await nursery.start(self._run_members)  # type: ignore[arg-type]  # likewise
         if found.via is not None:
@@ -204,13 +186,12 @@ class Node:
         """Forget a swarm of which no round has begun, so that another can be entered."""
         for protocol in PROTOCOLS:
             self._host.remove_handler(protocol)
-        for topic in list(self._followed):
-            await self._gossip.unsubscribe(topic)
+        await self._topics.leave()
         for peer in self._host.connected():
             await self._host.disconnect(peer)
         self._parts.close()
         forget_swarm(self._dir)
-        self._followed, self._members, self._topics, self._better = set(), {}, {}, None
+        self._members, self._better = {}, None
 
     def _kept_genesis(self) -> Genesis | None:
         """The genesis of an earlier life in the same swarm, so that a restart finds itself."""
@@ -218,116 +199,37 @@ class Node:
         return genesis if genesis is not None and genesis.terms == self._terms else None
 
     def _open_parts(self, genesis: Genesis) -> None:
-        config, local = self.config, PeerId(self.peer_id)
         self._genesis, self._swarm_id = genesis, genesis.swarm_id
         self._parts = self._stack.enter_context(ExitStack())
-        self._store = self._parts.enter_context(
-            Store(
-                self._dir,
-                self._layout,
-                swarm=self._swarm_id,
-                # What may still be counted must be here then, whatever is kept for others.
-                keep_rounds=max(config.storage.keep_rounds, self._terms.rounds.max_staleness),
-                fill_max_age=config.bittorrent.fill_max_age,
-                decode=self._decode_own_store,
-            )
-        )
-        keep_genesis(self._dir, genesis)
-        self._checkpoints = Checkpoints(self._dir, self._spec)
-        torrent = config.bittorrent
-        policy = SwarmPolicy(
-            picker=PickerPolicy(
-                selection=torrent.chunk_selection,
-                active_requests=torrent.active_requests,
-                pending_chunks=torrent.pending_requests,
-                endgame_holders=torrent.endgame_holders,
-            ),
-            uploads=UploadPolicy(upload_slots=torrent.upload_slots),
-        )
-        swarm = Swarm(
-            local=local,
-            genesis=genesis,
+        making = Making(
+            config=self.config,
+            spec=self._spec,
             layout=self._layout,
-            policy=policy,
-            verify=verify,
+            identity=self._identity,
+            state_dir=self._dir,
+            addrs=self.addrs,
             rng=self._rng,
+            feed=self.feed,
         )
+        self._topics = Topics(self._gossip, self._swarm_id, PeerId(self.peer_id))
+        self._store, self._checkpoints = making.open_store(self._parts, genesis)
         self._max_control = max(MAX_CONTROL_FRAME, max_wire_bytes(self._layout))
         dialer = HostDialer(self._host, self._max_control)
-        self._exchange = Exchange(swarm, self._store, dialer, self, self._rng)
-        self._prefix = f"/p2pfl-torrent/{self._swarm_id.hex()[:32]}"
-        machine = Membership(
-            local=local,
-            addrs=self.addrs[:16],
-            swarm=self._swarm_id,
-            seed=genesis.terms.seed,
-            sign=self._identity.sign,
-            verify=verify,
-            rng=self._rng,
-            now=trio.current_time(),
-            rendezvous=[
-                (peer, (address,)) for peer, address in parse_bootstrap(config.network.bootstrap)
-            ],
-        )
+        self._exchange = Exchange(making.swarm(genesis), self._store, dialer, self, self._rng)
         self._driver = MembershipDriver(
-            machine,
+            making.membership(genesis),
             genesis,
-            HostNetwork(self._host, self._gossip, f"{self._prefix}/members"),
+            HostNetwork(self._host, self._gossip, self._topics.members),
             on_change=self._member_changed,
             on_roster=self._roster_changed,
             on_fault=self._fault,
             on_other_swarm=self._other_swarm,
         )
-        catch_up = CatchUp(
-            self._spec, self._swarm_id, genesis.terms.rounds.quorum, self._open_state, self._rng
-        )
-        self._catch_up = catch_up
-        self._rounds = Rounds(
-            local=local,
-            sign=self._identity.sign,
-            genesis=genesis,
-            layout=self._layout,
-            store=self._store,
-            checkpoints=self._checkpoints,
-            exchange=self._exchange,
-            catch_up=catch_up,
-            scorer=ImportanceScorer(config.chunk, self._rng),
-            feed=self.feed,
-            enabled=torrent.enable,
+        self._catch_up = making.catch_up(genesis, self._open_state)
+        self._rounds = making.rounds(
+            genesis, self._store, self._checkpoints, self._exchange, self._catch_up
         )
         self._is_open = True
-
-    def _decode_own_store(self, data: bytes) -> Manifest:
-        return decode_manifest(
-            data,
-            layout=self._layout,
-            swarm=self._swarm_id,
-            verify=verify,
-            max_num_samples=self._terms.rounds.max_num_samples,
-        )
-
-    async def _restore(self) -> None:
-        """Tell the machine what an earlier life of this peer left in the store, hashed again."""
-        counted = self._store.counted()
-        for manifest in self._store.manifests():
-            blocks = await trio.to_thread.run_sync(self._verified_blocks, manifest)
-            held = Bitfield(len(manifest.entries))
-            for chunk, verified in blocks.items():
-                if verified.complete:
-                    held.add(chunk)
-            if manifest.owner == self.peer_id and not held.complete:
-                # Cut short before it was published: nobody knows it, and the one that this round
-                # will get must be the only one, or it looks like two.
-                self._store.forget([manifest.update])
-                continue
-            counted_in = counted.get(manifest.update)
-            self._exchange.feed(ev.Restored(manifest, held, blocks, counted_in))
-
-    def _verified_blocks(self, manifest: Manifest) -> dict[int, Bitfield]:
-        return {
-            chunk: self._store.verified_blocks(manifest.update, chunk)
-            for chunk in range(len(manifest.entries))
-        }
 
     # --- entering the swarm ------------------------------------------------------------------
 
@@ -520,48 +422,7 @@ class Node:
         near = {peer: self._members[peer].addrs for peer in overlay.get(local, ())}
         self._exchange.set_neighbours(near)
         self._driver.watch(near)
-        self._topics = {peer: f"{self._prefix}/have/{peer}" for peer in near}
-        self._topics_changed.set()
-
-    async def _follow_topics(self) -> None:
-        """Follow the manifests, the members, and the availability of the neighbours."""
-        await self._follow(f"{self._prefix}/manifests", self._manifest_gossiped)
-        await self._follow(f"{self._prefix}/members", self._members_gossiped)
-        always = set(self._followed)
-        while True:
-            wanted = set(self._topics.values()) | always
-            for topic in self._followed - wanted:
-                self._followed.remove(topic)
-                await self._gossip.unsubscribe(topic)
-            for topic in wanted - self._followed:
-                await self._follow(topic, self._availability_gossiped, relay=False)
-            await self._topics_changed.wait()
-            self._topics_changed = trio.Event()
-
-    async def _follow(
-        self, topic: str, on_message: Callable[[str, bytes], None], *, relay: bool = True
-    ) -> None:
-        self._followed.add(topic)
-        await self._gossip.subscribe(topic, on_message, relay=relay)
-
-    def _manifest_gossiped(self, origin: str, data: bytes) -> None:
-        self._exchange.feed(ev.ManifestGossip(PeerId(origin), data))
-
-    def _members_gossiped(self, origin: str, data: bytes) -> None:
-        self._driver.gossip_received(data, PeerId(origin))
-
-    def _availability_gossiped(self, origin: str, data: bytes) -> None:
-        self._exchange.feed(ev.AvailabilityGossip(PeerId(origin), data))
-
-    async def _publish(self) -> None:
-        async for topic, data, to_all in self._gossip_queue:
-            await self._gossip.publish(topic, data, to_all=to_all)
-
-    def _queue_gossip(self, topic: str, data: bytes, *, to_all: bool = False) -> None:
-        try:
-            self._to_gossip.send_nowait((topic, data, to_all))
-        except trio.WouldBlock:
-            pass  # what gossip would have told is pulled over the edges
+        self._topics.set_neighbours(near)
 
     # --- protocols ---------------------------------------------------------------------------
 
@@ -641,11 +502,11 @@ class Node:
 
     def gossip_manifest(self, data: bytes) -> None:
         """Publish on the manifest topic."""
-        self._queue_gossip(f"{self._prefix}/manifests", data)
+        self._topics.queue_manifest(data)
 
     def gossip_availability(self, data: bytes) -> None:
         """Publish on our availability topic."""
-        self._queue_gossip(f"{self._prefix}/have/{self.peer_id}", data, to_all=True)
+        self._topics.queue_availability(data)
 
 
 def _make_directory(state_dir: Path) -> None:
@@ -659,72 +520,3 @@ def _make_directory(state_dir: Path) -> None:
             f"storage.state_dir: {state_dir} cannot be made ({reason}); name a directory that this "
             "user may write."
         ) from error
-
-
-@asynccontextmanager
-async def open_node(node: Node) -> AsyncIterator[Node]:
-    """Run a node: joined and ready to train inside the block, gone after it."""
-    try:
-        async with recorded(node.config.storage.run_dir, node.feed, node.snapshot), _run(node):
-            yield node
-    finally:
-        node.feed.end()
-
-
-@asynccontextmanager
-async def _run(node: Node) -> AsyncIterator[None]:
-    failure: BaseException | None = None
-    reason = "finished"
-    try:
-        identity = node.open_identity()
-        listen: Sequence[str] = node.config.network.listen
-        async with open_host(identity, listen) as host, open_gossip(host) as gossip:
-            better: Welcomed | None = await node.find(host, gossip)
-            while better is not None:
-                async with trio.open_nursery() as nursery:
-                    try:
-                        better = await node.start(nursery, better)
-                        if better is None:
-                            yield
-                            await node.finish()
-                    except BaseException as error:  # noqa: BLE001 - raised again below, outside
-                        failure, better = error, None  # the nursery that would wrap it in a group
-                    finally:
-                        nursery.cancel_scope.cancel()
-                if better is not None:
-                    await node.give_way()
-            if failure is not None:
-                raise failure
-    except BaseExceptionGroup as group:
-        sole = _sole(group)
-        reason = _reason(sole)
-        raise sole from None
-    except BaseException as error:
-        reason = _reason(error)
-        raise
-    finally:
-        node.close(reason)
-
-
-def _reason(error: BaseException) -> str:
-    """What ``Left`` says."""
-    if isinstance(error, (trio.Cancelled, KeyboardInterrupt)):
-        return "stopped before the end"
-    return str(error) or type(error).__name__
-
-
-def _sole(error: BaseException) -> BaseException:
-    """The one error behind nested groups, cancellations apart; the group where there are more."""
-    leaves = list(_leaves(error))
-    errors = [leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)]
-    if len(errors) > 1:
-        return error
-    return (errors or leaves)[0]
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error

@@ -19,12 +19,13 @@ from p2pfl_torrent.core.chunking import (
 )
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
-from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
+from p2pfl_torrent.core.manifest import Manifest, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
-from p2pfl_torrent.core.reports import OwnerReport, RoundReport, RoundStarted
+from p2pfl_torrent.core.reports import RoundReport, RoundStarted
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
+from p2pfl_torrent.peer.closings import contributions, owner_reports
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
@@ -288,7 +289,7 @@ class Rounds:
         underway: _Underway,
         metrics: Mapping[str, float],
     ) -> Merged:
-        chunks = _contributions(self._layout, close)
+        chunks = contributions(self._layout, close)
         start = self._checkpoints.load(self.round - 1)
         result, new_hash = await trio.to_thread.run_sync(self._average, chunks, start)
         swarm = self._exchange.swarm
@@ -300,7 +301,9 @@ class Rounds:
             next_round=self.round + 1,
             closed_by=close.closed_by,
             members=close.members,
-            owners=_owners(close, self._layout, {refused.owner for refused in result.refused}),
+            owners=owner_reports(
+                close, self._layout, {refused.owner for refused in result.refused}
+            ),
             completeness=close.completeness,
             bytes_payload=received,
             bytes_duplicate=swarm.fetching.bytes_duplicate - underway.duplicate,
@@ -406,45 +409,6 @@ class Rounds:
             if known.manifest.round == self.round and known.manifest.owner != self._local
         ]
         return bases.count(self.base_hash) / len(bases) if bases else None
-
-
-def _contributions(
-    layout: Layout, close: ev.CloseRound
-) -> dict[int, list[tuple[PeerId, UpdateId, float]]]:
-    """Chunk -> (owner, update to read it from, weight), in canonical order."""
-    chunks: dict[int, list[tuple[PeerId, UpdateId, float]]] = {
-        chunk.index: [] for chunk in layout.chunks
-    }
-    for count in close.counts:
-        sources = dict.fromkeys(count.chunks, count.manifest.update)
-        sources.update(count.fills)
-        for chunk, update in sources.items():
-            chunks[chunk].append((count.manifest.owner, update, count.weight))
-    return chunks
-
-
-def _owners(close: ev.CloseRound, layout: Layout, refused: set[PeerId]) -> tuple[OwnerReport, ...]:
-    total = len(layout.chunks)
-    reports = [
-        OwnerReport(
-            owner=count.manifest.owner,
-            trained_round=count.manifest.round,
-            num_samples=count.manifest.header.num_samples,
-            weight=count.weight,
-            chunks=len(count.chunks),
-            filled=len(count.fills),
-            total=total,
-            status="refused" if count.manifest.owner in refused else count.status,
-        )
-        for count in close.counts
-    ]
-    reports += [
-        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing") for member in close.missing
-    ]
-    reports += [
-        OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped
-    ]
-    return tuple(sorted(reports, key=lambda report: (report.owner, report.trained_round)))
 
 
 def _check_finite(layout: Layout, arrays: Arrays) -> None:

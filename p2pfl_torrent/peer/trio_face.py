@@ -15,7 +15,8 @@ from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
-from p2pfl_torrent.peer.node import Node, open_node
+from p2pfl_torrent.peer.node import Node
+from p2pfl_torrent.peer.running import open_node
 
 
 class AsyncPeer:

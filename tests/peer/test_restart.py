@@ -16,7 +16,8 @@ from p2pfl_torrent.core.manifest import Manifest, block_hashes, decode_manifest,
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.learning.state import describe, to_arrays
 from p2pfl_torrent.overlay.identity import Identity, verify
-from p2pfl_torrent.peer.node import Node, open_node
+from p2pfl_torrent.peer.node import Node
+from p2pfl_torrent.peer.running import open_node
 from p2pfl_torrent.store import Store, StoreError
 
 

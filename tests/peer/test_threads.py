@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from p2pfl_torrent.peer.model import LocalModel
-from p2pfl_torrent.peer.node import open_node
+from p2pfl_torrent.peer.running import open_node
 from p2pfl_torrent.store import Checkpoints, Store
 from tests.peer.test_restart import again, one_round
 

@@ -1,0 +1,51 @@
+"""What the closing of a round means for the average and for the report: pure functions."""
+
+from __future__ import annotations
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.chunking import Layout
+from p2pfl_torrent.core.manifest import UpdateId
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.reports import OwnerReport
+
+
+def contributions(
+    layout: Layout, close: ev.CloseRound
+) -> dict[int, list[tuple[PeerId, UpdateId, float]]]:
+    """Chunk -> (owner, update to read it from, weight), in canonical order."""
+    chunks: dict[int, list[tuple[PeerId, UpdateId, float]]] = {
+        chunk.index: [] for chunk in layout.chunks
+    }
+    for count in close.counts:
+        sources = dict.fromkeys(count.chunks, count.manifest.update)
+        sources.update(count.fills)
+        for chunk, update in sources.items():
+            chunks[chunk].append((count.manifest.owner, update, count.weight))
+    return chunks
+
+
+def owner_reports(
+    close: ev.CloseRound, layout: Layout, refused: set[PeerId]
+) -> tuple[OwnerReport, ...]:
+    """What became of each owner's update; ``refused`` those that could not be averaged."""
+    total = len(layout.chunks)
+    reports = [
+        OwnerReport(
+            owner=count.manifest.owner,
+            trained_round=count.manifest.round,
+            num_samples=count.manifest.header.num_samples,
+            weight=count.weight,
+            chunks=len(count.chunks),
+            filled=len(count.fills),
+            total=total,
+            status="refused" if count.manifest.owner in refused else count.status,
+        )
+        for count in close.counts
+    ]
+    reports += [
+        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing") for member in close.missing
+    ]
+    reports += [
+        OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped
+    ]
+    return tuple(sorted(reports, key=lambda report: (report.owner, report.trained_round)))
