@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +91,64 @@ def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:
         return True
     known = ledger.update_of(owner, round)
     return known is not None and known.held.complete
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The exchange window of a round at one moment, and what its holders bring in it.
+
+    Attributes:
+        left: seconds to the deadline, None before one is set.
+        extension: seconds by which it may still be extended; 0 where it was.
+        rate: bytes per second that all holders together were measured to bring.
+        settled: whether nothing more has become available for a while.
+    """
+
+    left: float | None
+    extension: float
+    rate: float
+    settled: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the deadline is over."""
+        return self.left is not None and self.left <= 0.0
+
+
+def verdict(
+    state: Standing, window: Window, min_completion: float, is_hopeless: Callable[[], bool]
+) -> str | None:
+    """What closes the round now: "complete", "settled" or "deadline"; "extend"; or None yet.
+
+    Args:
+        min_completion: the completeness for which the window may be extended, once.
+        is_hopeless: whether no missing chunk can come by the deadline any more.
+    """
+    if not state.waiting_for and not state.lacking:
+        return "complete"
+    if window.passed:
+        return "extend" if worth_extending(state, window, min_completion) else "deadline"
+    if not state.waiting_for and not state.obtainable and window.settled:
+        return "settled"
+    if not state.lacking or state.unannounced or not is_hopeless():
+        return None
+    return None if worth_extending(state, window, min_completion) else "deadline"
+
+
+def worth_extending(state: Standing, window: Window, min_completion: float) -> bool:
+    """Whether an extension is expected to reach the completeness that is wanted, and is needed."""
+    if not window.extension or state.completeness >= min_completion:
+        return False
+    more = min(state.obtainable, window.rate * window.extension)
+    return state.verified + more >= min_completion * state.announced
+
+
+def predicted_miss(state: Standing, window: Window) -> float:
+    """Share of what is missing that will not come by the deadline at the measured rates."""
+    missing = state.announced - state.verified
+    if window.left is None or missing <= 0 or window.rate <= 0.0:
+        return 0.0
+    return 1.0 - min(1.0, window.rate * max(0.0, window.left) / missing)
 
 
 def counts(

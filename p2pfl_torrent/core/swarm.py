@@ -18,7 +18,16 @@ from typing import Any
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
-from p2pfl_torrent.core.closing import Absences, Standing, counts, standing, too_late
+from p2pfl_torrent.core.closing import (
+    Absences,
+    Standing,
+    Window,
+    counts,
+    predicted_miss,
+    standing,
+    too_late,
+    verdict,
+)
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, Stimulus
 from p2pfl_torrent.core.fetching import Fetching
@@ -488,7 +497,9 @@ class Swarm:
     # --- time --------------------------------------------------------------------------------
 
     def _tick(self, stimulus: ev.Tick, now: float) -> list[Effect]:
-        self.picker.set_pressure(self._predicted_miss(now))
+        is_open = self.clock is not None and self.clock.deadline is not None
+        miss = predicted_miss(self.standing(), self._window(now)) if is_open else 0.0
+        self.picker.set_pressure(miss)
         expired = self.fetching.expire(now)
         effects = expired + self._ask(now)
         if self._unheard is not None and now >= self._unheard_until:
@@ -545,25 +556,37 @@ class Swarm:
         change = clock.advance(self.live.keys(), now)
         if change is not None:
             effects.append(self._deadline_set(change, now))
-        settled = now - self._settling_since >= self._policy.settle_seconds
+        settled = self._has_settled(now)
         if self.phase != "exchanging" or not (self._moved or settled or clock.passed(now)):
             return effects
         self._moved = False
         if self._has_been_left():
             return [*effects, self._miss(now)]
         state = self.standing()
-        if not state.waiting_for and not state.lacking:
-            return [*effects, *self._close("complete", state)]
-        if clock.passed(now):
-            if self._worth_extending(state):
-                return [*effects, self._deadline_set(clock.extend(now), now)]
-            return [*effects, *self._close("deadline", state)]
-        if not state.waiting_for and not state.obtainable and settled:
-            return [*effects, *self._close("settled", state)]
-        hopeless = state.lacking and not state.unannounced and self._hopeless_from(now) <= now
-        if hopeless and not self._worth_extending(state):
-            return [*effects, *self._close("deadline", state)]
-        return effects
+        found = verdict(
+            state,
+            self._window(now),
+            self.terms.min_completion_ratio,
+            lambda: self._hopeless_from(now) <= now,
+        )
+        if found is None:
+            return effects
+        if found == "extend":
+            return [*effects, self._deadline_set(clock.extend(now), now)]
+        return [*effects, *self._close(found, state)]
+
+    def _has_settled(self, now: float) -> bool:
+        return now - self._settling_since >= self._policy.settle_seconds
+
+    def _window(self, now: float) -> Window:
+        assert self.clock is not None
+        deadline = self.clock.deadline
+        return Window(
+            left=None if deadline is None else deadline - now,
+            extension=0.0 if self.clock.extended else self.clock.extension(),
+            rate=sum(self.picker.holder_rate(peer) for peer in self.fetching.holders),
+            settled=self._has_settled(now),
+        )
 
     def _hopeless_from(self, now: float) -> float:
         """From when on no chunk could come by the deadline, even if all holders sped up for it.
@@ -588,26 +611,6 @@ class Swarm:
             sources=self.picker,
             live=self.live,
         )
-
-    def _worth_extending(self, state: Standing) -> bool:
-        assert self.clock is not None
-        wanted = self.terms.min_completion_ratio
-        if self.clock.extended or state.completeness >= wanted:
-            return False
-        rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
-        more = min(state.obtainable, rate * self.clock.extension())
-        return state.verified + more >= wanted * state.announced
-
-    def _predicted_miss(self, now: float) -> float:
-        """Share of what is missing that will not come by the deadline at the measured rates."""
-        if self.clock is None or self.clock.deadline is None:
-            return 0.0
-        state = self.standing()
-        missing = state.announced - state.verified
-        rate = sum(self.picker.holder_rate(peer) for peer in self.fetching.holders)
-        if missing <= 0 or rate <= 0.0:
-            return 0.0
-        return 1.0 - min(1.0, rate * max(0.0, self.clock.deadline - now) / missing)
 
     def _deadline_set(self, change: DeadlineChange, now: float) -> Effect:
         return Emit(DeadlineSet(self.round, change.deadline - now, change.why))

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
 
 from p2pfl_torrent.core.aggregation import discount
-from p2pfl_torrent.core.closing import Standing, counts, standing, too_late
+from p2pfl_torrent.core.closing import (
+    Standing,
+    Window,
+    counts,
+    predicted_miss,
+    standing,
+    too_late,
+    verdict,
+)
 from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -111,3 +122,59 @@ def test_too_late() -> None:
     assert too_late(made, 4, 2) == []
     made.count(second.update, (), 3)
     assert too_late(made, 9, 2) == []
+
+
+def stands(**changes: object) -> Standing:
+    """One update of 1,000 bytes is expected, half of it is here, and a holder has the rest."""
+    half = Standing((B,), False, True, verified=500, announced=1000, obtainable=500)
+    return replace(half, **changes)  # type: ignore[arg-type]
+
+
+def windows(**changes: object) -> Window:
+    """Ten seconds are left, in which 100 bytes come."""
+    ten = Window(left=10.0, extension=5.0, rate=10.0, settled=False)
+    return replace(ten, **changes)  # type: ignore[arg-type]
+
+
+COMPLETE = {"waiting_for": (), "lacking": False, "verified": 1000, "obtainable": 0}
+NOBODY = {"waiting_for": (), "obtainable": 0}
+
+
+@pytest.mark.parametrize(
+    ("state", "window", "min_completion", "is_hopeless", "expected"),
+    [
+        ({}, {}, 0.0, False, None),
+        (COMPLETE, {}, 0.0, False, "complete"),
+        (COMPLETE, {"left": 0.0}, 0.9, False, "complete"),
+        ({"waiting_for": ()}, {"settled": True}, 0.0, False, None),
+        (NOBODY, {"settled": True}, 0.0, False, "settled"),
+        (NOBODY, {}, 0.0, False, None),
+        ({}, {"left": 0.0}, 0.0, False, "deadline"),
+        ({}, {"left": 0.0}, 0.55, False, "extend"),
+        ({}, {"left": 0.0}, 0.56, False, "deadline"),
+        ({}, {"left": 0.0, "extension": 0.0}, 0.55, False, "deadline"),
+        ({"obtainable": 10}, {"left": 0.0}, 0.55, False, "deadline"),
+        ({}, {}, 0.0, True, "deadline"),
+        ({}, {}, 0.55, True, None),
+        ({"unannounced": True}, {}, 0.0, True, None),
+        ({"lacking": False}, {}, 0.0, True, None),
+    ],
+)
+def test_what_closes_a_round(
+    state: dict[str, object],
+    window: dict[str, object],
+    min_completion: float,
+    is_hopeless: bool,
+    expected: str | None,
+) -> None:
+    found = verdict(stands(**state), windows(**window), min_completion, lambda: is_hopeless)
+    assert found == expected
+
+
+def test_what_will_miss_the_deadline() -> None:
+    assert predicted_miss(stands(), windows()) == 0.8
+    assert predicted_miss(stands(), windows(left=50.0)) == 0.0
+    assert predicted_miss(stands(), windows(left=-1.0)) == 1.0
+    for unknown in (windows(left=None), windows(rate=0.0)):
+        assert predicted_miss(stands(), unknown) == 0.0
+    assert predicted_miss(stands(**COMPLETE), windows()) == 0.0
