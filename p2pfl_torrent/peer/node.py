@@ -46,10 +46,10 @@ from p2pfl_torrent.overlay.host import Host
 from p2pfl_torrent.overlay.identity import Identity
 from p2pfl_torrent.overlay.stream import Stream
 from p2pfl_torrent.peer.adapters import HostDialer, StreamPort, open_stream
+from p2pfl_torrent.peer.entering import Entering, Start
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import (
     HostNetwork,
-    JoinError,
     Welcomed,
     find_swarm,
     founded,
@@ -69,7 +69,6 @@ from p2pfl_torrent.store import (
 )
 
 PROTOCOLS = (chunk_protocol.PROTOCOL_ID, members_protocol.PROTOCOL_ID, state_protocol.PROTOCOL_ID)
-PAUSE = 0.2  # seconds between two looks at who is there while joining
 
 
 class Node:
@@ -94,10 +93,10 @@ class Node:
         self.total_rounds = config.federate.total_round_num
         self._on_address = on_address
         self._spec = spec
-        self._weights: dict[str, Array] | None = weights
+        self._start: Start | None = Start(weights, model_hash(spec, weights))
         self._layout = config.plan_layout(spec)
         self._terms = config.terms(spec, self._layout)
-        self._initial_hash = model_hash(spec, weights)
+        self._initial_hash = self._start.hash
         self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")
         self._stack = ExitStack()
         self._is_open = False
@@ -157,15 +156,26 @@ class Node:
         self.feed.emit(
             Joined(genesis.swarm_id.hex(), PeerId(self.peer_id), 0, len(self._members) + 1)
         )
+        assert self._start is not None
+        entering = Entering(
+            genesis=genesis,
+            start=self._start,
+            store=self._store,
+            checkpoints=self._checkpoints,
+            exchange=self._exchange,
+            driver=self._driver,
+            catch_up=self._catch_up,
+            rounds=self._rounds,
+        )
         if not self.config.bittorrent.enable:
-            await self._begin_with_own_weights()
-        elif not await self._enter_running():
+            await entering.begin_alone()
+        elif not await entering.enter_running():
             with trio.CancelScope() as self._waiting:
                 if self._better is None:
-                    await self._begin_with_others(genesis)
+                    await entering.begin_with_others(self.config.topology.timeout)
             if self._better is not None and not self._rounds.round:
                 return self._better
-        self._weights = None  # the checkpoint holds them from here on
+        self._start = None  # the checkpoint holds its weights from here on
         return None
 
     def _other_swarm(self, welcome: Welcome, via: PeerId) -> None:
@@ -230,89 +240,6 @@ class Node:
             genesis, self._store, self._checkpoints, self._exchange, self._catch_up
         )
         self._is_open = True
-
-    # --- entering the swarm ------------------------------------------------------------------
-
-    def _others(self) -> list[PeerId]:
-        """Members to ask, neighbours first."""
-        near = self._exchange.edges
-        others = [peer for peer in self._members if peer != self.peer_id]
-        return sorted(others, key=lambda peer: (peer not in near, peer))
-
-    async def _enter_running(self) -> bool:
-        """Resume, or take over the state of a swarm that has begun; False if it has not."""
-        claims = await self._catch_up.claims(self._others())
-        furthest = max((claim.round for claim in claims.values()), default=0)
-        last = self._store.last_round()
-        if last is not None and last[0] + 1 >= furthest and await self._is_sound(last, furthest):
-            self._driver.set_ready(last[0] + 1)
-            self._rounds.resume(last[0] + 1, last[1])
-            return True
-        if furthest == 0:
-            return False
-        patience = self._terms.rounds.join_timeout
-        taken = await self._catch_up.take(self._others, 1, patience)
-        if taken is None:
-            raise JoinError(
-                f"The swarm is in round {furthest}, but no member gave its state within "
-                f"{patience:g} s; try again, or enter through another member."
-            )
-        self._driver.set_ready(taken.round + 1)
-        await self._rounds.take_over(taken)
-        return True
-
-    async def _is_sound(self, last: tuple[int, bytes], furthest: int) -> bool:
-        """Whether the last checkpoint holds what was saved; if not, others' state will do.
-
-        Raises:
-            StoreError: it does not, and there are no others.
-        """
-        try:
-            await trio.to_thread.run_sync(self._checkpoints.load, *last)
-        except StoreError:
-            if furthest == 0:
-                raise
-            return False
-        return True
-
-    async def _begin_with_own_weights(self) -> None:
-        assert self._weights is not None
-        self._driver.set_ready(1)
-        await self._rounds.begin(1, self._weights, self._initial_hash)
-
-    async def _begin_with_others(self, genesis: Genesis) -> None:
-        """Wait for the first members, agree on the start weights, and begin round 1."""
-        rounds = self._terms.rounds
-        initial = bytes.fromhex(genesis.initial_hash)
-        with trio.move_on_after(rounds.join_timeout):
-            weights = await self._initial_weights(initial)
-            await trio.to_thread.run_sync(self._checkpoints.save, 0, weights)
-            self._driver.set_ready(1)
-            await self._exchange.until(lambda: len(self._members) >= rounds.client_num)
-        if len(self._members) < min(rounds.min_members, rounds.client_num):
-            raise JoinError(
-                f"Only {len(self._members)} of {rounds.client_num} members came within "
-                f"{rounds.join_timeout:g} s (federate.join_timeout); start the others, or lower "
-                "federate.client_num on every peer."
-            )
-        with trio.move_on_after(self.config.topology.timeout):
-            await self._exchange.until(self._edges_open)
-        self._rounds.resume(1, initial)
-
-    async def _initial_weights(self, initial: bytes) -> dict[str, Array]:
-        """Our own start weights where they are the swarm's, else some member's."""
-        if self._initial_hash == initial and self._weights is not None:
-            return self._weights
-        while True:
-            for peer in self._others() or self._driver.machine.joining():
-                arrays = await self._catch_up.fetch(peer, initial)
-                if arrays is not None:
-                    return arrays
-            await trio.sleep(PAUSE)
-
-    def _edges_open(self) -> bool:
-        edges = self._exchange.edges
-        return all(peer in edges and edges[peer].ask is not None for peer in self._exchange.wanted)
 
     # --- the user's calls --------------------------------------------------------------------
 
