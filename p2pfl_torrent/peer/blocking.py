@@ -23,6 +23,7 @@ from p2pfl_torrent.peer.running import open_node
 
 T = TypeVar("T")
 
+SIGNAL_LATENCY = 0.2  # seconds after which Ctrl-C is seen, should another thread have been told
 PROGRESS_INTERVAL = 0.1  # seconds between two reports of training progress
 
 
@@ -147,7 +148,7 @@ class Peer:
         return self._token
 
     def _stopped(self) -> PeerStoppedError:
-        self._ended.wait()
+        _wait(self._ended)
         why = f": {self._error}" if self._error is not None else ""
         return PeerStoppedError(f"This peer has stopped{why}.")
 
@@ -158,14 +159,14 @@ class Peer:
             self._is_ending = True  # should it have come to run all the same
             raise
         try:
-            self._ready.wait()
+            _wait(self._ready)
             if self._error is None:
                 self._model.load(self._node.start_weights())
         except BaseException:  # Ctrl-C, for one: the block is not entered, so nobody would leave it
             self._end(self._scope.cancel)
             raise
         if self._error is not None:
-            self._ended.wait()
+            _wait(self._ended)
             raise self._error
         return self
 
@@ -193,7 +194,7 @@ class Peer:
             except trio.RunFinishedError:
                 pass
         # Not join: one that Ctrl-C interrupts takes the thread for ended ever after (Python 3.11).
-        self._ended.wait()
+        _wait(self._ended)
 
     @property
     def peer_id(self) -> str:
@@ -267,3 +268,13 @@ class Peer:
     def events(self, backlog: int = DEFAULT_BACKLOG) -> Subscription:
         """Events from now on, as a blocking iterator for another thread."""
         return self._node.feed.subscribe(backlog)
+
+
+def _wait(event: threading.Event) -> None:
+    """Wait in the user's thread, and notice Ctrl-C.
+
+    Python runs signal handlers in the main thread, and only when that runs: where the kernel told
+    another thread of the signal, a wait without an end sleeps through it.
+    """
+    while not event.wait(SIGNAL_LATENCY):
+        pass
