@@ -18,7 +18,8 @@ from benchmarks.member import Spec, model, next_line, weights
 from benchmarks.systems.child import DIALLED, SAMPLES, Task, cpu_seconds, read_task, tell
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.tensors import Array, ModelSpec
-from p2pfl_torrent.peer.node import Node, open_node
+from p2pfl_torrent.peer.node import Node
+from p2pfl_torrent.peer.running import open_node
 
 ROUNDS = 3  # more than are measured, so that no peer says goodbye after the last
 

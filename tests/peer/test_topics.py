@@ -27,17 +27,19 @@ class FakeGossip:
         self.followed: dict[str, OnMessage] = {}
         self.published: list[tuple[str, bytes]] = []
 
-    async def subscribe(self, topic: str, on_message: OnMessage) -> None:
+    async def subscribe(self, topic: str, on_message: OnMessage, *, relay: bool = True) -> None:
         await trio.lowlevel.checkpoint()
         assert topic not in self.followed
+        assert relay == ("/have/" not in topic)
         self.followed[topic] = on_message
 
     async def unsubscribe(self, topic: str) -> None:
         await trio.lowlevel.checkpoint()
         del self.followed[topic]
 
-    async def publish(self, topic: str, data: bytes) -> None:
+    async def publish(self, topic: str, data: bytes, *, to_all: bool = False) -> None:
         await trio.lowlevel.checkpoint()
+        assert to_all == ("/have/" in topic)
         self.published.append((topic, data))
 
     @property
