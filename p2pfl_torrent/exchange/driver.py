@@ -29,6 +29,7 @@ from p2pfl_torrent.core.serving import Upload
 from p2pfl_torrent.core.swarm import Swarm
 from p2pfl_torrent.exchange.edges import MAX_TOGETHER, Edge, Lane, OutboxFullError
 from p2pfl_torrent.exchange.ports import Channel, Dialer, EdgeClosedError, UpdateStore
+from p2pfl_torrent.exchange.spares import Spares
 
 PING_INTERVAL = 1.0  # seconds of silence after which a holder is asked for a sign of life
 HELLO_PATIENCE = 15.0  # seconds for one small message; a slow start at 0.1 CPU is in it
@@ -118,6 +119,7 @@ class Exchange:
         self._nursery: trio.Nursery | None = None
         self._timer = trio.Event()
         self._tick_at = 0.0
+        self._spares = Spares()
         self._outcome: ev.CloseRound | ev.MissedRound | None = None
         self._over = trio.Event()
         self._moved = trio.Event()
@@ -424,6 +426,10 @@ class Exchange:
                 await self._send(edge, lane, messages)
                 if large is not None:
                     self.swarm.serving.uploaded(edge.peer, large.size, trio.current_time())
+                    piece = messages[-1]
+                    assert isinstance(piece, Piece)
+                    assert isinstance(piece.data, memoryview)
+                    self._spares.give(piece.data)
                 self._wake_writers()
 
     def _add_pieces(self, peer: PeerId, messages: list[Message]) -> Upload | None:
@@ -445,7 +451,8 @@ class Exchange:
         return None
 
     def _piece(self, upload: Upload) -> Piece:
-        data = self._store.read(upload.update, upload.chunk, upload.offset, upload.size)
+        data = self._spares.take(upload.size)
+        self._store.read(upload.update, upload.chunk, upload.offset, data)
         return Piece(upload.number, data)
 
     def _wake_writers(self) -> None:

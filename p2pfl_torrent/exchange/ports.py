@@ -48,8 +48,10 @@ class FrameStream(ByteStream, Protocol):
 
     async def read_frame(
         self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
-    ) -> tuple[bytearray, bytearray]:
+    ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; once called, only frames can be read.
+
+        A body is there until the next call: then its memory is used again.
 
         Args:
             body_bytes: from a head, the size of its body; may raise RemoteProtocolError.
@@ -87,6 +89,8 @@ class Channel(Protocol):
 
     async def receive(self) -> tuple[Message, int]:
         """The next message and its bytes on the stream.
+
+        A Piece's data is there until the next call: then its memory is used again.
 
         Raises:
             EdgeClosedError: the stream ended.
@@ -130,8 +134,8 @@ class UpdateStore(Protocol):
         """Write verified bytes at an offset inside a chunk's file."""
         ...
 
-    def read(self, update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
-        """Bytes of a chunk's file."""
+    def read(self, update: UpdateId, chunk: int, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with bytes of a chunk's file from ``offset``."""
         ...
 
     def complete_chunk(self, update: UpdateId, chunk: int, source: PeerId) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import trio
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.exchange.spares import Spares
 
 BodyBytes = Callable[[bytearray], int]
 """From a frame's head, how many bytes follow; RemoteProtocolError where it will not do."""
@@ -38,14 +39,18 @@ class Inbox:
     """
 
     __slots__ = (
-        "_began", "_body_bytes", "_credit", "_frames", "_got", "_head", "_head_bytes", "_hold",
-        "_in_a_row", "_into", "_owed", "_paid", "_pending", "_wake", "end", "held",
+        "_began", "_body_bytes", "_credit", "_frames", "_got", "_handed_out", "_head",
+        "_head_bytes", "_hold",
+        "_in_a_row", "_into", "_owed", "_paid", "_pending", "_spares", "_wake", "end", "held",
     )  # fmt: skip
 
-    def __init__(self, credit: Callable[[int], None], hold: Callable[[int], None]) -> None:
+    def __init__(
+        self, credit: Callable[[int], None], hold: Callable[[int], None], spares: Spares
+    ) -> None:
         """``credit`` is told what the sender may send anew, ``hold`` how ``held`` changes."""
         self._credit = credit
         self._hold = hold
+        self._spares = spares  # where the bodies of frames come from and go to
         self._pending = bytearray()
         self._paid = 0  # of the first bytes pending, for so many credit was given already
         self._into = _NOTHING
@@ -57,7 +62,8 @@ class Inbox:
         self._body_bytes: BodyBytes | None = None
         self._head_bytes = 0
         self._head: bytearray | None = None
-        self._frames: deque[tuple[bytearray, bytearray]] = deque()
+        self._frames: deque[tuple[bytearray, memoryview]] = deque()
+        self._handed_out = _NOTHING
         self._owed = 0
         self._began = 0.0
         self._in_a_row = 0
@@ -128,12 +134,10 @@ class Inbox:
                 return
             self._head, self._began = head, trio.current_time()
             self._change(size)
-            self._into, self._got = memoryview(bytearray(size)), 0
+            self._into, self._got = self._spares.take(size), 0
             if size:
                 return
-        body = self._into.obj
-        assert isinstance(body, bytearray)
-        self._frames.append((self._head, body))
+        self._frames.append((self._head, self._into))
         self._change(FRAME_OVERHEAD)
         self._head = None
         self._into, self._got = memoryview(bytearray(self._head_bytes)), 0
@@ -216,13 +220,18 @@ class Inbox:
 
     async def frame(
         self, head_bytes: int, body_bytes: BodyBytes, patience: float
-    ) -> tuple[bytearray, bytearray]:
+    ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; from the first call on there are only frames.
+
+        A body is there until the next call: then its memory is used again.
 
         Raises:
             trio.TooSlowError: its body is not complete ``patience`` seconds after its head.
             RemoteProtocolError: ``body_bytes`` refused it.
         """
+        if self._handed_out:
+            self._spares.give(self._handed_out)
+            self._handed_out = _NOTHING
         if self._body_bytes is None:
             self._body_bytes, self._head_bytes = body_bytes, head_bytes
             self._into, self._got = memoryview(bytearray(head_bytes)), 0
@@ -246,6 +255,7 @@ class Inbox:
                 if trio.current_time() >= self._began + patience:
                     raise trio.TooSlowError
         head, body = self._frames.popleft()
+        self._handed_out = body
         self._change(-len(body) - FRAME_OVERHEAD)
         if self._frames:
             self._settle(len(head) + len(body))

@@ -10,6 +10,7 @@ from libp2p.protocol_muxer.multiselect import DEFAULT_NEGOTIATE_TIMEOUT
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID
 
+from p2pfl_torrent.exchange.spares import Spares
 from p2pfl_torrent.overlay.negotiation import BoundedSelector
 from p2pfl_torrent.overlay.yamux import StreamGate, YamuxConn
 
@@ -24,6 +25,7 @@ class YamuxOnly(MuxerMultistream):
     def __init__(self, gate: StreamGate) -> None:
         super().__init__({TProtocol(PROTOCOL_ID): YamuxConn})
         self._gate = gate
+        self._spares = Spares()
         self._selector = cast(
             "GenericMultistreamSelector[Any]", BoundedSelector({TProtocol(PROTOCOL_ID): YamuxConn})
         )
@@ -32,4 +34,6 @@ class YamuxOnly(MuxerMultistream):
         protocol, _ = await self._selector.select(
             conn, conn.is_initiator, DEFAULT_NEGOTIATE_TIMEOUT
         )
-        return self._annotate_connection(YamuxConn(conn, peer_id, self._gate), conn, protocol)
+        return self._annotate_connection(
+            YamuxConn(conn, peer_id, self._gate, self._spares), conn, protocol
+        )

@@ -90,9 +90,10 @@ class Stream:
 
     async def read_frame(
         self, head_bytes: int, body_bytes: BodyBytes, patience: float
-    ) -> tuple[bytearray, bytearray]:
+    ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body: received where it stays, woken for once.
 
+        A body is there until the next call: then its memory is used again.
         From the first call on there are only frames of that kind. ``body_bytes`` says from a head
         how many bytes follow; its RemoteProtocolError comes out here, and ends the reading.
 

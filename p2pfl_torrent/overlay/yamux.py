@@ -19,6 +19,7 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from p2pfl_torrent.exchange.spares import Spares
 from p2pfl_torrent.overlay.limits import (
     IDLE_BURST,
     IDLE_RATE,
@@ -84,9 +85,12 @@ class YamuxConn(IMuxedConn):
     Attributes:
         on_close: called once the connection is gone; the library's swarm sets it.
         outbox: where the streams put what they send.
+        spares: memory for messages, shared with the host's other connections.
     """
 
-    def __init__(self, conn: ISecureConn, peer_id: ID, gate: StreamGate) -> None:
+    def __init__(
+        self, conn: ISecureConn, peer_id: ID, gate: StreamGate, spares: Spares | None = None
+    ) -> None:
         self.secured_conn = cast(NoiseSession, conn)
         self.peer_id = peer_id
         self.event_started = trio.Event()
@@ -94,6 +98,7 @@ class YamuxConn(IMuxedConn):
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
         self.outbox = Outbox(self.secured_conn)
+        self.spares = spares if spares is not None else Spares()
         self.streams: dict[int, YamuxStream] = {}
         self._gate = gate
         self._next_id = 1 if conn.is_initiator else 2

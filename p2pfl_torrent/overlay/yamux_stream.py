@@ -35,7 +35,7 @@ class YamuxStream(IMuxedStream):
         self.stream_id = stream_id
         self.conn = self.muxed_conn = conn
         self.is_initiator = is_initiator
-        self.inbox = Inbox(self._taken, conn.hold)
+        self.inbox = Inbox(self._taken, conn.hold, conn.spares)
         self.recv_window = INITIAL_WINDOW
         self.send_window = INITIAL_WINDOW
         self.sent = 0

@@ -42,7 +42,7 @@ class StreamPort:
 
     async def read_frame(
         self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
-    ) -> tuple[bytearray, bytearray]:
+    ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; once called, only frames can be read."""
         with _as_edge_closed():
             return await self._stream.read_frame(head_bytes, body_bytes, patience)

@@ -208,20 +208,18 @@ class Store:
         except OSError as error:
             raise self._failed(error) from error
 
-    def read(self, update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
-        """Bytes of a chunk's file.
+    def read(self, update: UpdateId, chunk: int, offset: int, into: memoryview) -> None:
+        """Fill ``into`` with bytes of a chunk's file from ``offset``.
 
         Raises:
             StoreError: the file is shorter than it should be.
         """
-        place = self._place(update, chunk, offset, size)
-        data = os.pread(self._file(update).fileno(), size, place)
-        if len(data) != size:
+        place = self._place(update, chunk, offset, len(into))
+        if os.preadv(self._file(update).fileno(), [into], place) != len(into):
             raise StoreError(
                 f"{self._path(update)} has lost bytes: delete it and start the peer again; "
                 "what is missing is fetched anew."
             )
-        return data
 
     def chunk(self, update: UpdateId, chunk: int) -> memoryview:
         """A complete chunk's file, read-only, mapped rather than read."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.exchange.spares import Spares
 from p2pfl_torrent.overlay.inbox import FRAME_OVERHEAD, Inbox
 
 HEAD = 2
@@ -27,7 +28,7 @@ class Box:
     def __init__(self) -> None:
         self.credit = 0
         self.held = 0
-        self.inbox = Inbox(self._give, self._hold)
+        self.inbox = Inbox(self._give, self._hold, Spares())
 
     def _give(self, count: int) -> None:
         assert count >= 0

@@ -23,11 +23,10 @@ def alter_what_is_relayed(member: Member, owner: PeerId, monkeypatch: pytest.Mon
     store, ledger = member.node._store, member.node._exchange.swarm.ledger
     read = store.read
 
-    def altered(update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
-        data = bytearray(read(update, chunk, offset, size))
+    def altered(update: UpdateId, chunk: int, offset: int, into: memoryview) -> None:
+        read(update, chunk, offset, into)
         if ledger[update].manifest.owner == owner:
-            data[size // 2] ^= 1
-        return bytes(data)
+            into[len(into) // 2] ^= 1
 
     monkeypatch.setattr(store, "read", altered)
 

@@ -46,9 +46,9 @@ class Loop:
 
     async def read_frame(
         self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
-    ) -> tuple[bytearray, bytearray]:
+    ) -> tuple[bytearray, memoryview]:
         head = await self.read_exactly(head_bytes)
-        return head, await self.read_exactly(body_bytes(head))
+        return head, memoryview(await self.read_exactly(body_bytes(head)))
 
     async def close(self) -> None:
         await trio.lowlevel.checkpoint()

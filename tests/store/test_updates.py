@@ -98,6 +98,12 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield store
 
 
+def read(store: Store, update: UpdateId, chunk: int, offset: int, size: int) -> bytes:
+    into = bytearray(size)
+    store.read(update, chunk, offset, memoryview(into))
+    return bytes(into)
+
+
 def files_in(path: Path) -> set[str]:
     return {file.name for file in (path / "updates").iterdir()}
 
@@ -112,7 +118,7 @@ def test_chunks_come_back_as_files_that_the_library_reads(store: Store, tmp_path
         assert view.readonly
         assert view == file
         deserialize(bytes(view))  # type: ignore[no-untyped-call]  # it has no types
-        assert store.read(update.id, index, 3, 20) == file[3:23]
+        assert read(store, update.id, index, 3, 20) == file[3:23]
     on_disk = (tmp_path / "updates" / update.id.hex()).read_bytes()
     assert on_disk == b"".join(update.files)
 
@@ -172,7 +178,7 @@ def test_nothing_is_written_beyond_a_chunk(store: Store, offset: int, size: int 
     with pytest.raises(LocalProtocolError):
         store.write(update.id, 0, offset, bytes(length))
     with pytest.raises(LocalProtocolError):
-        store.read(update.id, 0, offset, length)
+        read(store, update.id, 0, offset, length)
     assert store.chunk(update.id, 1) == update.files[1]
 
 
@@ -181,7 +187,7 @@ def test_more_updates_than_open_files(store: Store, monkeypatch: pytest.MonkeyPa
     updates = [Update(owner, 1).put(store) for owner in "abcde"]
     for update in updates:
         for index, file in enumerate(update.files):
-            assert store.read(update.id, index, 0, len(file)) == file
+            assert read(store, update.id, index, 0, len(file)) == file
 
 
 def test_lost_bytes_are_said_in_a_sentence(store: Store, tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_lost_bytes_are_said_in_a_sentence(store: Store, tmp_path: Path) -> None
     path = tmp_path / "updates" / update.id.hex()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StoreError, match="lost bytes"):
-        store.read(update.id, CHUNKS - 1, 0, 10)
+        read(store, update.id, CHUNKS - 1, 0, 10)
     with pytest.raises(StoreError, match="cannot be read"):
         store.chunk(update.id, CHUNKS - 1)
 
