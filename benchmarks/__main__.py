@@ -11,6 +11,7 @@ BENCHMARKS = {
     "connect": "a full mesh of processes coming up: seconds, and milliseconds a link",
     "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
     "memory": "a peer idle beside a bare py-libp2p host, and its peak in exchanges",
+    "training": "a training loop beside an exchange, with the network in a thread or process",
     "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",
     "rounds": "protocol time of a round with next to nothing to send, and its gossip deliveries",
 }

@@ -137,6 +137,7 @@ def figures(name: str, laps: Sequence[Laps]) -> dict[str, object]:
         "seconds_merged": seconds_of(laps, "seconds_merged"),
         "cpu_seconds": median([each[DIALLED].cpu_seconds for each in laps]),
         "cpu_seconds_open": median([each[OPEN].cpu_seconds for each in laps]),
+        "duplicate_ratio": [each[OPEN].duplicate_ratio for each in laps],
         "links_before_dialling": max(each[DIALLED].links_before for each in laps),
         **equal,
     }

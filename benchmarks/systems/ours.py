@@ -93,7 +93,13 @@ async def one_round(node: Node, update: dict[str, Array]) -> bool:
     tell(ended=began + report.exchange_seconds, merged=merged)
     await next_line()
     used = cpu_seconds() - used
-    tell(cpu_seconds=used, digest=report.model_hash, complete=report.closed_by == "complete")
+    tell(
+        cpu_seconds=used,
+        digest=report.model_hash,
+        complete=report.closed_by == "complete",
+        payload=report.bytes_payload,
+        duplicate=report.bytes_duplicate,
+    )
     return True
 
 

@@ -49,6 +49,7 @@ class Lap:
         merged_seconds: until the last has averaged it too, where the system says.
         cpu_seconds: of all processes, from the word until all have ended.
         links_before: connections there were already when links were to be dialled.
+        duplicate_ratio: payload received twice over payload, where the system says.
         equal: all processes ended with the same, and with the right thing where that can be told.
     """
 
@@ -56,6 +57,7 @@ class Lap:
     merged_seconds: float | None
     cpu_seconds: float
     links_before: int
+    duplicate_ratio: float | None
     equal: bool
 
 
@@ -130,12 +132,19 @@ def lap(
         merged_seconds=max(merged) - began if merged else None,
         cpu_seconds=sum(check["cpu_seconds"] for check in checks),
         links_before=links,
+        duplicate_ratio=_duplicates(checks),
         equal=(
             len(digests) == 1
             and (expected is None or digests == {expected})
             and all(check.get("complete", True) for check in checks)
         ),
     )
+
+
+def _duplicates(checks: Sequence[dict[str, Any]]) -> float | None:
+    payload: int = sum(check.get("payload", 0) for check in checks)
+    duplicate: int = sum(check.get("duplicate", 0) for check in checks)
+    return duplicate / payload if payload else None
 
 
 @contextmanager

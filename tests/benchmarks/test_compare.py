@@ -16,7 +16,7 @@ from benchmarks.systems.runs import Lap, Work, lap
 
 
 def a_lap(seconds: float, merged: float | None = None, cpu: float = 1.0) -> Lap:
-    return Lap(seconds, merged, cpu, 0, equal=True)
+    return Lap(seconds, merged, cpu, 0, None, equal=True)
 
 
 def ours(dialled: float, open_: float, merged: float) -> compare.Laps:
@@ -51,7 +51,15 @@ def test_without_ours_there_is_no_ratio() -> None:
 def test_a_lap_runs_from_the_word_to_the_last_and_sums_the_cpu() -> None:
     ends = [{"ended": 12.0, "merged": 12.5}, {"ended": 13.0, "merged": 13.25}]
     checks = [{"cpu_seconds": 1.5, "digest": "a"}, {"cpu_seconds": 2.0, "digest": "a"}]
-    assert lap(10.0, ends, checks, 0, None) == Lap(3.0, 3.25, 3.5, 0, equal=True)
+    assert lap(10.0, ends, checks, 0, None) == Lap(3.0, 3.25, 3.5, 0, None, equal=True)
+
+
+def test_duplicates_are_those_of_all_over_the_payload_of_all() -> None:
+    checks = [
+        {"cpu_seconds": 1.0, "digest": "a", "payload": 300, "duplicate": 1},
+        {"cpu_seconds": 1.0, "digest": "a", "payload": 100, "duplicate": 3},
+    ]
+    assert lap(0.0, [{"ended": 1.0}], checks, 0, None).duplicate_ratio == 0.01
 
 
 def test_who_begins_later_by_its_own_doing_is_timed_from_there() -> None:

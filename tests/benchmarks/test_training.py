@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import training
+from benchmarks.training_node import Window
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.reports import ChunkReceived, ManifestSeen
+
+HERE, THERE = PeerId("here"), PeerId("there")
+
+
+def test_a_rate_counts_what_was_done_inside_the_windows() -> None:
+    times = [0.5, 1.0, 1.5, 2.5, 4.0]
+    assert training.rate(times, [(1.0, 3.0)]) == 1.5
+    assert training.rate(times, [(0.0, 1.0), (3.5, 4.5)]) == 1.5
+
+
+def test_a_window_without_a_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the update is too small"):
+        training.rate([1.0], [(2.0, 3.0)])
+
+
+def test_training_is_compared_with_the_seconds_around_the_window_alone() -> None:
+    around = [0.5 * k for k in range(5)]  # 0 to 2: two a second; shared at 2, manifest at 3
+    before_the_manifest = [2.4, 2.5, 2.6]  # the sender hashes: neither alone nor beside
+    beside = [3.5, 4.5, 5.5, 6.5]  # one a second
+    after = [7.5, 8.0, 8.5, 9.0]
+    batches = [*around, *before_the_manifest, *beside, *after]
+    quiet = training.Transfer((0.0, 2.0), 0.5, (), 0.0)
+    busy = training.Transfer((3.0, 7.0), 0.7, batches, 2.0)
+    figures = training.sharing(100.0, quiet, busy)
+    assert figures.batches_alone == 9 / 4
+    assert figures.batches_beside == 1.0
+    assert figures.training_ratio == 4 / 9
+    assert figures.exchange_ratio == 2.0
+    assert figures.megabytes_alone == 50.0
+
+
+def test_the_result_is_the_median_of_the_repeats_ratios() -> None:
+    runs = [training.Sharing(a, b, 1.0, 1.0, 1.0, 1.0) for a, b in ((1, 1), (2, 1), (10, 7))]
+    assert training.summary(runs)["training_ratio"] == 0.7
+    assert training.summary(runs)["batches_alone"] == 2
+
+
+def test_an_updates_window_runs_from_its_manifest_to_its_last_chunk() -> None:
+    window = Window()
+    own = ChunkReceived(HERE, 1, 0, 100, 0, HERE)
+    chunks = [ChunkReceived(THERE, 1, k, 50, k, THERE) for k in range(2)]
+    assert not window.over(own, HERE)
+    assert not window.over(ManifestSeen(THERE, 1, THERE, 10, 100), HERE)
+    began = window.began
+    assert not window.over(own, HERE)
+    assert not window.over(chunks[0], HERE)
+    assert window.over(chunks[1], HERE)
+    assert window.began == began > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_both_networks_share_with_a_training_loop(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    command = "--megabytes 20 --pace 20 --repeats 1 --json"
+    assert training.main([*command.split(), str(file)]) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    for network in ("thread", "process"):
+        figures = result[network]
+        assert figures["training_ratio"] > 0
+        assert figures["batches_alone"] > 0
+        # The kernel's pace holds: a burst at the start apart, nothing is faster.
+        assert 0 < figures["megabytes_alone"] < 30
