@@ -8,15 +8,16 @@ from dataclasses import dataclass
 INITIAL_WINDOW = 256 << 10
 """Bytes a sender may be ahead of the reader on a new stream: yamux fixes it."""
 
-RECEIVE_WINDOW = 2 << 20
-"""The same on a stream that is read: 20 MB/s over a 100 ms path."""
+RECEIVE_WINDOW = 4 << 20
+"""The same on a stream that is read: 20 MB/s over a 100 ms path, with credit for half of it at a
+time, since each grant costs both sides a turn of the event loop."""
 
-WIDE_STREAMS = 8
+WIDE_STREAMS = 4
 """Streams of one connection that have a RECEIVE_WINDOW; two, one a direction, carry chunks."""
 
 MAX_BUFFERED = 32 << 20
 """Bytes that one connection may have received but not read, with what is set aside for messages
-that have begun. A peer that keeps to its windows needs 30 MiB if 64 streams are full and unread."""
+that have begun. A peer that keeps to its windows needs 31 MiB if 64 streams are full and unread."""
 
 MAX_CONTROL_FRAMES = 128
 """Yamux control frames (12 bytes each) waiting to be sent before a new stream must wait."""

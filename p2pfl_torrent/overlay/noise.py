@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
+from socket import IPPROTO_TCP, TCP_NOTSENT_LOWAT
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import trio
@@ -75,7 +76,7 @@ class Sink(Protocol):
         ...
 
     def filled(self, count: int) -> None:
-        """So many bytes have been written to the start of ``room()``."""
+        """So many bytes, of one message or more, have been written to the start of ``room()``."""
         ...
 
     def feed(self, data: memoryview) -> None:
@@ -214,44 +215,47 @@ class NoiseSession(BaseSession):
 
         Any error, the sink's too, breaks the session: some of the messages have been handed out.
         """
-        wire, end = self._buffers.receive, self._end
-        number, start = self._received, 0
         try:
-            while end - start >= PREFIX:
-                size = (wire[start] << 8) | wire[start + 1]
-                if size < TAG:
-                    raise SessionBroken("a message shorter than its tag")
-                body = start + PREFIX
-                if end - body < size:
-                    break
-                if number >= MAX_NONCE:
-                    raise SessionBroken("the nonces of the other side are used up")
-                start = body + size
-                direct = self._decrypt_one(number, wire[body:start], sink)
-                number += 1
-                if not direct and time.monotonic() >= self._turn:
-                    break
+            self._hand_out(sink)
+        except InvalidTag as error:
+            self._break("a message that does not verify")
+            raise SessionBroken("a message that does not verify") from error
         except BaseException as error:
             self._break(str(error) or type(error).__name__)
             raise
+
+    def _hand_out(self, sink: Sink) -> None:
+        wire, plain, end = self._buffers.receive, self._buffers.plain, self._end
+        decrypt_into, number, start = self._open.decrypt_into, self._received, 0
+        room, used = sink.room(), 0  # what was decrypted to its place is told at once, afterwards
+        while end - start >= PREFIX:
+            size = (wire[start] << 8) | wire[start + 1]
+            body = start + PREFIX
+            count = size - TAG
+            if count < 0:
+                raise SessionBroken("a message shorter than its tag")
+            if end - body < size:
+                break
+            if number >= MAX_NONCE:
+                raise SessionBroken("the nonces of the other side are used up")
+            start = body + size
+            if 0 < count <= len(room) - used:
+                decrypt_into(_nonce(number), wire[body:start], None, room[used : used + count])
+                used += count
+            else:
+                if used:
+                    sink.filled(used)
+                decrypt_into(_nonce(number), wire[body:start], None, plain[:count])
+                sink.feed(plain[:count])
+                room, used = sink.room(), 0
+                if time.monotonic() >= self._turn:
+                    number += 1
+                    break
+            number += 1
+        if used:
+            sink.filled(used)
         self._received = number
         self._rest += wire[start:end]
-
-    def _decrypt_one(self, number: int, message: memoryview, sink: Sink) -> bool:
-        """Whether it went straight to where the sink wants it."""
-        count = len(message) - TAG
-        room = sink.room()
-        direct = 0 < count <= len(room)
-        plain = room[:count] if direct else self._buffers.plain[:count]
-        try:
-            self._open.decrypt_into(_nonce(number), message, None, plain)
-        except InvalidTag as error:
-            raise SessionBroken("a message that does not verify") from error
-        if direct:
-            sink.filled(count)
-        else:
-            sink.feed(plain)
-        return direct
 
     async def read(self, n: int | None = None) -> bytes:
         """``n`` bytes, fewer only at the end (none given: what there is); before the muxer runs.
@@ -334,6 +338,14 @@ class NoiseSession(BaseSession):
                     raise SessionBroken("the connection was closed") from error
             if stall.cancelled_caught:
                 raise SessionBroken(f"the other side took too little for {FRAME_STALL:g} s")
+
+    def keep_unsent(self, size: int) -> None:
+        """Let the kernel take that much more than the network has room for, and no more: what is
+        in there is before everything that is said afterwards."""
+        try:
+            self._socket.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, size)
+        except OSError:
+            pass  # a kernel that does not know it keeps what it likes
 
     # What the library asks of a session
 

@@ -2,7 +2,7 @@
 
 The reader hands bytes to the streams' inboxes as they are decrypted, wakes a consumer when what it
 waits for is whole, and never waits for one stream, nor for the writer. What is sent is the
-:class:`Outbox`'s matter. Windows hold both ways; credit is granted in quarters of a window.
+:class:`Outbox`'s matter. Windows hold both ways; credit is granted in halves of a window.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class YamuxStream(IMuxedStream):
     def _taken(self, count: int) -> None:
         """Hands credit back to the sender once it is worth a frame."""
         self._ungranted += count
-        worth = (RECEIVE_WINDOW if self.wide else INITIAL_WINDOW) // 4
+        worth = RECEIVE_WINDOW // 2 if self.wide else INITIAL_WINDOW // 4
         if self._ungranted < worth or self.recv_closed:
             return
         granted, self._ungranted = self._ungranted, 0

@@ -17,6 +17,7 @@ from p2pfl_torrent.overlay.outbox import (
     PING,
     SLOW_FRAME,
     SYN,
+    UNSENT,
     WINDOW_UPDATE,
     Outbox,
 )
@@ -29,6 +30,10 @@ class Link:
     rate: float
     left: list[tuple[float, tuple[int, int, int]]] = field(default_factory=list)
     messages: list[int] = field(default_factory=list)
+    unsent: int = 0
+
+    def keep_unsent(self, size: int) -> None:
+        self.unsent = size
 
     async def send(self, messages: Iterable[memoryview], size: int) -> None:
         data = bytearray()
@@ -112,6 +117,7 @@ async def test_a_heartbeat_waits_for_a_short_frame_only(
         nursery.cancel_scope.cancel()
     assert max(waits) <= max(SLOW_FRAME, MIN_FRAME / link.rate) * 1.5
     assert outbox.frame_limit >= MIN_FRAME
+    assert link.unsent == max(MIN_FRAME, outbox.frame_limit // UNSENT)
 
 
 async def test_a_fast_link_gets_whole_pieces(autojump_clock: MockClock) -> None:

@@ -55,6 +55,9 @@ class NoSession:
     is_initiator = True
     closed = False
 
+    def keep_unsent(self, size: int) -> None:
+        pass
+
     def close_now(self) -> None:
         self.closed = True
 
