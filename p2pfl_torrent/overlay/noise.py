@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from socket import IPPROTO_TCP, TCP_NOTSENT_LOWAT
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import trio
 from cryptography.exceptions import InvalidTag
-from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.security.base_session import BaseSession
 from libp2p.security.noise.transport import Transport as StockNoiseTransport
 
 from p2pfl_torrent.overlay.limits import FRAME_STALL
+from p2pfl_torrent.overlay.sending import (
+    MAX_NONCE,
+    PREFIX,
+    TAG,
+    Buffers,
+    Sealer,
+    Sending,
+    SessionBroken,
+    cut,
+    nonce,
+)
 from p2pfl_torrent.overlay.transport import ExactTcpStream
 
 if TYPE_CHECKING:
@@ -31,38 +41,12 @@ if TYPE_CHECKING:
     from libp2p.security.secure_session import SecureSession
     from multiaddr import Multiaddr
 
-TAG = 16
-PREFIX = 2  # bytes of a message's length before it
-MAX_MESSAGE = 0xFFFF
-MAX_PLAINTEXT = MAX_MESSAGE - TAG
-MAX_NONCE = 2**64 - 1  # Noise reserves the last one
-
-RECEIVE_BUFFER = 512 << 10
-"""Bytes taken from a socket at a time: eight messages, so that a system call pays."""
-
-SMALL_BUFFER = PREFIX + MAX_MESSAGE  # one message
-SEND_BUFFER = 8 * SMALL_BUFFER
-"""Ciphertext made before it is handed to the socket."""
-
-BIG_BUFFERS = 16
-"""Senders that may hold a SEND_BUFFER at a time. Peers that read nothing keep theirs for
-FRAME_STALL, so the rest of 512 connections get a SMALL_BUFFER: 40 MiB in all instead of 256."""
-
-SPARE_BUFFERS = 4  # of each size, kept for the next sender
-
 TURN = 0.002
 """Seconds that one connection is read before the other tasks have their turn. In seconds, since
 a message of 12 byte frames costs a hundred times the CPU of one with a piece in it."""
 
 PROGRESS = 64 << 10
 """Bytes that must leave within FRAME_STALL."""
-
-
-class SessionBroken(ConnectionClosedError):
-    """The connection is of no more use; the text says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, transport="tcp")
 
 
 class Sink(Protocol):
@@ -84,34 +68,6 @@ class Sink(Protocol):
         ...
 
 
-class Buffers:
-    """Memory that the sessions of one host share, so that an idle connection holds none.
-
-    Attributes:
-        receive: used by one session at a time, between two of its awaits.
-        plain: a message's plaintext, likewise.
-    """
-
-    def __init__(self) -> None:
-        self.receive = memoryview(bytearray(RECEIVE_BUFFER))
-        self.plain = memoryview(bytearray(MAX_PLAINTEXT))
-        self._spare: dict[int, list[memoryview]] = {SMALL_BUFFER: [], SEND_BUFFER: []}
-        self._big = 0
-
-    def borrow(self, size: int) -> memoryview:
-        """Until ``give_back``, a buffer to send ``size`` bytes from, all or a part at a time."""
-        big = size > MAX_PLAINTEXT // 2 and self._big < BIG_BUFFERS
-        self._big += big
-        spare = self._spare[length := SEND_BUFFER if big else SMALL_BUFFER]
-        return spare.pop() if spare else memoryview(bytearray(length))
-
-    def give_back(self, buffer: memoryview) -> None:
-        self._big -= len(buffer) == SEND_BUFFER
-        spare = self._spare[len(buffer)]
-        if len(spare) < SPARE_BUFFERS:
-            spare.append(buffer)
-
-
 class NoiseSession(BaseSession):
     """An authenticated, encrypted connection, taken over from the library after its handshake.
 
@@ -129,9 +85,8 @@ class NoiseSession(BaseSession):
         )
         protocol = cast(Any, stock.conn).noise_state.noise_protocol
         sending, receiving = protocol.cipher_state_encrypt, protocol.cipher_state_decrypt
-        self._seal: ChaCha20Poly1305 = sending.cipher.cipher
+        self._sealer = Sealer(sending.cipher.cipher, sending.n)
         self._open: ChaCha20Poly1305 = receiving.cipher.cipher
-        self._sent: int = sending.n
         self._received: int = receiving.n
         self._raw = raw
         self._tcp = cast(ExactTcpStream, raw.stream)
@@ -240,12 +195,12 @@ class NoiseSession(BaseSession):
                 raise SessionBroken("the nonces of the other side are used up")
             start = body + size
             if 0 < count <= len(room) - used:
-                decrypt_into(_nonce(number), wire[body:start], None, room[used : used + count])
+                decrypt_into(nonce(number), wire[body:start], None, room[used : used + count])
                 used += count
             else:
                 if used:
                     sink.filled(used)
-                decrypt_into(_nonce(number), wire[body:start], None, plain[:count])
+                decrypt_into(nonce(number), wire[body:start], None, plain[:count])
                 sink.feed(plain[:count])
                 room, used = sink.room(), 0
                 if time.monotonic() >= self._turn:
@@ -280,64 +235,55 @@ class NoiseSession(BaseSession):
     # Sending
 
     async def write(self, data: bytes) -> None:
-        await self.send(cut(data), len(data))
+        await self.finish(self.begin(cut(data), len(data)))
 
-    async def send(self, messages: Iterable[memoryview], size: int) -> None:
-        """Sends ``messages``, ``size`` bytes in all: returns when the kernel has them.
+    def begin(self, messages: Iterable[memoryview], size: int) -> Sending:
+        """Messages to be sent now, of at most MAX_PLAINTEXT each and ``size`` bytes in all."""
+        self._usable()
+        return Sending(messages, size, self._sealer, self._socket, self._buffers)
 
-        Args:
-            messages: each at most MAX_PLAINTEXT; taken one at a time, when it can be encrypted.
+    def advance(self, sending: Sending) -> bool:
+        """Hands over what the kernel takes at once; whether that was all.
+
+        Raises:
+            SessionBroken: the connection broke.
+        """
+        try:
+            all_taken = sending.step()
+        except BaseException as error:
+            sending.end()
+            self._break(str(error) or type(error).__name__)
+            raise
+        if all_taken:
+            sending.end()
+        return all_taken
+
+    async def finish(self, sending: Sending) -> None:
+        """Returns when the kernel has all of it.
 
         Raises:
             SessionBroken: the connection broke, or stands still.
         """
-        self._usable()
-        buffer = self._buffers.borrow(size)
-        used = 0
+        mark, since = sending.taken, trio.current_time()
         try:
-            for message in messages:
-                with message:
-                    used += self._encrypt(message, buffer[used:])
-                if len(buffer) - used < SMALL_BUFFER:
-                    await self._send_all(buffer[:used])
-                    used = 0
-            await self._send_all(buffer[:used])
+            while not self.advance(sending):
+                if sending.taken - mark >= PROGRESS:
+                    mark, since = sending.taken, trio.current_time()
+                with trio.move_on_at(since + FRAME_STALL) as stall:
+                    await self._wait_writable()
+                if stall.cancelled_caught:
+                    raise SessionBroken(f"the other side took too little for {FRAME_STALL:g} s")
         except BaseException as error:
             # Part of a message may be out, and what was numbered cannot be numbered again.
+            sending.end()
             self._break(str(error) or type(error).__name__)
             raise
-        finally:
-            self._buffers.give_back(buffer)
 
-    def _encrypt(self, message: memoryview, out: memoryview) -> int:
-        if self._sent >= MAX_NONCE:
-            raise SessionBroken("our nonces are used up")
-        size = len(message) + TAG
-        out[0], out[1] = size >> 8, size & 0xFF
-        self._seal.encrypt_into(_nonce(self._sent), message, None, out[PREFIX : PREFIX + size])
-        self._sent += 1
-        return PREFIX + size
-
-    async def _send_all(self, data: memoryview) -> None:
-        mark, since = 0, trio.current_time()
-        sent = 0
-        while sent < len(data):
-            try:
-                sent += os.write(self._socket.fileno(), data[sent:])
-                continue
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise SessionBroken(f"the connection broke ({error.strerror})") from error
-            if sent - mark >= PROGRESS:
-                mark, since = sent, trio.current_time()
-            with trio.move_on_at(since + FRAME_STALL) as stall:
-                try:
-                    await trio.lowlevel.wait_writable(self._socket.fileno())
-                except (trio.ClosedResourceError, OSError, ValueError) as error:
-                    raise SessionBroken("the connection was closed") from error
-            if stall.cancelled_caught:
-                raise SessionBroken(f"the other side took too little for {FRAME_STALL:g} s")
+    async def _wait_writable(self) -> None:
+        try:
+            await trio.lowlevel.wait_writable(self._socket.fileno())
+        except (trio.ClosedResourceError, OSError, ValueError) as error:
+            raise SessionBroken("the connection was closed") from error
 
     def keep_unsent(self, size: int) -> None:
         """Let the kernel take that much more than the network has room for, and no more: what is
@@ -401,14 +347,3 @@ class _Collector:
 
 
 _NOTHING = memoryview(b"")
-
-
-def cut(data: bytes | bytearray | memoryview) -> Iterator[memoryview]:
-    """``data`` in pieces of one message each."""
-    view = memoryview(data)
-    for start in range(0, len(view), MAX_PLAINTEXT):
-        yield view[start : start + MAX_PLAINTEXT]
-
-
-def _nonce(number: int) -> bytes:
-    return b"\0\0\0\0" + number.to_bytes(8, "little")

@@ -1,6 +1,7 @@
 """What one connection has to send: control frames, window updates, and a frame of each stream.
 
-* One task sends: a frame goes out whole or not at all, whoever waits for it and is cancelled.
+* A frame goes out whole or not at all, whoever waits for it and is cancelled: what the kernel takes
+  at once leaves at once if nothing else is queued, and one task sends all the rest.
 * Control frames (12 bytes) go first and are not waited for.
 * A stream has one frame in the queue at most, no longer than the link carries in a quarter of a
   second, so that streams take turns and the queue is bounded by their number.
@@ -11,13 +12,14 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import trio
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 
 from p2pfl_torrent.overlay.limits import MAX_ANSWERS, MAX_CONTROL_FRAMES
-from p2pfl_torrent.overlay.noise import MAX_PLAINTEXT, SessionBroken, cut
+from p2pfl_torrent.overlay.sending import MAX_PLAINTEXT, Sending, SessionBroken, cut
 
 Bytes = bytes | bytearray | memoryview
 
@@ -50,8 +52,16 @@ class Session(Protocol):
         """Bound what the kernel holds unsent."""
         ...
 
-    async def send(self, messages: Iterable[memoryview], size: int) -> None:
-        """Raises SessionBroken."""
+    def begin(self, messages: Iterable[memoryview], size: int) -> Sending:
+        """Messages to be sent now, before any others."""
+        ...
+
+    def advance(self, sending: Sending) -> bool:
+        """What goes at once; whether that was all. Raises SessionBroken."""
+        ...
+
+    async def finish(self, sending: Sending) -> None:
+        """The rest. Raises SessionBroken."""
         ...
 
 
@@ -120,6 +130,8 @@ class Outbox:
         self._wake = trio.Event()
         self._drained = trio.Event()
         self._closed = False
+        self._busy = True  # until run() has nothing to do
+        self._begun: tuple[_Frame, Sending] | None = None
         self.carried = 0
 
     # Control: none of it waits
@@ -194,7 +206,12 @@ class Outbox:
         if self._closed:
             raise MuxedStreamError("the connection is gone")
         frame = _Frame(stream.stream_id, parts, size)
-        self._frames.append(frame)
+        if self._nothing_queued() and not self._busy:
+            if self._sent_at_once(frame):
+                await trio.lowlevel.checkpoint()
+                return
+        else:
+            self._frames.append(frame)
         self._wake.set()
         try:
             await frame.done.wait()
@@ -208,16 +225,40 @@ class Outbox:
         if not frame.sent:
             raise MuxedStreamError("the stream is over, or its connection")
 
+    def _nothing_queued(self) -> bool:
+        return not (self._begun or self._control or self._credits or self._frames)
+
+    def _sent_at_once(self, frame: _Frame) -> bool:
+        frame.begun = True
+        head = frame.header
+        try:
+            sending = self._session.begin(frame.messages(head), len(head) + frame.size)
+            if not self._session.advance(sending):
+                self._begun = frame, sending
+                return False
+        except SessionBroken as error:  # the reader will end the connection
+            raise MuxedStreamError(str(error)) from error
+        self._left(frame, 0.0)
+        return True
+
     # Sending
 
     async def run(self) -> None:
         """Sends what is there and what comes; SessionBroken ends it."""
         while True:
             # A frame that woke us may have been taken back: hence the loop.
-            while not (self._control or self._credits or self._frames):
+            while self._nothing_queued():
+                self._busy = False
                 self._wake = trio.Event()
                 await self._wake.wait()
-            await self._send_next()
+            self._busy = True
+            if self._begun:
+                frame, sending = self._begun
+                with self._sent(frame):
+                    await self._session.finish(sending)
+                    self._begun = None
+            else:
+                await self._send_next()
 
     async def _send_next(self) -> None:
         """Everything that is control, then one frame."""
@@ -228,24 +269,32 @@ class Outbox:
         )
         self._credits.clear()
         if self._frames:
-            await self._send_frame(control, self._frames.popleft())
+            frame = self._frames.popleft()
+            head = control + frame.header
+            with self._sent(frame):
+                sending = self._session.begin(frame.messages(head), len(head) + frame.size)
+                await self._session.finish(sending)
         else:
-            await self._session.send(cut(control), len(control))
+            await self._session.finish(self._session.begin(cut(control), len(control)))
         for _ in range(said):
             self._control.popleft()
         self._drained.set()
 
-    async def _send_frame(self, control: bytes, frame: _Frame) -> None:
+    @contextmanager
+    def _sent(self, frame: _Frame) -> Iterator[None]:
+        """Around the sending of a frame: whoever waits for it is told, however it ends."""
         frame.begun = True
-        head = control + frame.header
         began = trio.current_time()
         try:
-            await self._session.send(frame.messages(head), len(head) + frame.size)
-            frame.sent = True
+            yield
+            self._left(frame, trio.current_time() - began)
         finally:
             frame.done.set()
+
+    def _left(self, frame: _Frame, seconds: float) -> None:
+        frame.sent = True
         self.carried += frame.size
-        self._pace(frame.size, trio.current_time() - began)
+        self._pace(frame.size, seconds)
 
     def _pace(self, size: int, seconds: float) -> None:
         limit = self.frame_limit

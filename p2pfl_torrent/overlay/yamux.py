@@ -27,7 +27,7 @@ from p2pfl_torrent.overlay.limits import (
     MAX_BUFFERED,
     WIDE_STREAMS,
 )
-from p2pfl_torrent.overlay.noise import NoiseSession, SessionBroken
+from p2pfl_torrent.overlay.noise import NoiseSession
 from p2pfl_torrent.overlay.outbox import (
     ACK,
     DATA,
@@ -40,6 +40,7 @@ from p2pfl_torrent.overlay.outbox import (
     WINDOW_UPDATE,
     Outbox,
 )
+from p2pfl_torrent.overlay.sending import SessionBroken
 from p2pfl_torrent.overlay.yamux_stream import YamuxStream
 
 if TYPE_CHECKING:

@@ -70,7 +70,7 @@ async def conns(gate: StreamGate = admit) -> AsyncIterator[tuple[YamuxConn, Yamu
 def seal(session: NoiseSession, plaintext: bytes) -> bytes:
     """The bytes on the wire of the session's next message: for who forges them."""
     out = memoryview(bytearray(len(plaintext) + 18))
-    session._encrypt(memoryview(plaintext), out)
+    session._sealer.seal(memoryview(plaintext), out)
     return bytes(out)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from p2pfl_torrent.overlay.noise import (
+from p2pfl_torrent.overlay.noise import NoiseSession
+from p2pfl_torrent.overlay.sending import (
     BIG_BUFFERS,
     MAX_NONCE,
     MAX_PLAINTEXT,
@@ -19,9 +20,7 @@ from p2pfl_torrent.overlay.noise import (
     SMALL_BUFFER,
     SPARE_BUFFERS,
     Buffers,
-    NoiseSession,
     SessionBroken,
-    cut,
 )
 from tests.overlay.links import Collected, seal, sessions, wire
 
@@ -203,7 +202,7 @@ async def test_an_end_between_messages_is_order() -> None:
 
 async def test_the_last_number_is_not_used() -> None:
     async with sessions() as (near, far):
-        near._sent = far._received = MAX_NONCE - 1
+        near._sealer.number = far._received = MAX_NONCE - 1
         await near.write(b"the last one")
         sink = Collected()
         await arrived(far, sink, 12)
@@ -214,7 +213,7 @@ async def test_the_last_number_is_not_used() -> None:
 
 async def test_a_message_with_the_last_number_is_not_accepted() -> None:
     async with sessions() as (near, far):
-        near._sent, far._received = MAX_NONCE - 1, MAX_NONCE
+        near._sealer.number, far._received = MAX_NONCE - 1, MAX_NONCE
         await wire(near).send_all(seal(near, b"one too many"))
         assert await pumped(far, Collected()) == "the nonces of the other side are used up"
 
@@ -325,7 +324,7 @@ async def test_a_small_buffer_sends_all_the_same() -> None:
         data = os.urandom(1 << 20)
         sink = Collected()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(near.send, cut(data), len(data))
+            nursery.start_soon(near.write, data)
             await arrived(far, sink, len(data))
         assert sink.data == data
         for buffer in held:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import trio
@@ -21,6 +22,7 @@ from p2pfl_torrent.overlay.outbox import (
     WINDOW_UPDATE,
     Outbox,
 )
+from p2pfl_torrent.overlay.sending import Sending
 
 
 @dataclass
@@ -35,14 +37,27 @@ class Link:
     def keep_unsent(self, size: int) -> None:
         self.unsent = size
 
-    async def send(self, messages: Iterable[memoryview], size: int) -> None:
+    def begin(self, messages: Iterable[memoryview], size: int) -> Sending:
+        return cast(Sending, _Slow(messages, size))
+
+    def advance(self, sending: Sending) -> bool:
+        return False  # a slow link's buffer is always full
+
+    async def finish(self, sending: Sending) -> None:
+        slow = cast(_Slow, sending)
         data = bytearray()
-        for message in messages:
+        for message in slow.messages:
             data += message
             self.messages.append(len(message))
             await trio.sleep(len(message) / self.rate)
-        assert len(data) == size
+        assert len(data) == slow.size
         self.left += [(trio.current_time(), what) for what in frames(data)]
+
+
+@dataclass
+class _Slow:
+    messages: Iterable[memoryview]
+    size: int
 
 
 def frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:

@@ -29,7 +29,6 @@ from p2pfl_torrent.overlay.limits import (
     RECEIVE_WINDOW,
     WIDE_STREAMS,
 )
-from p2pfl_torrent.overlay.noise import SessionBroken
 from p2pfl_torrent.overlay.outbox import (
     ACK,
     DATA,
@@ -41,6 +40,7 @@ from p2pfl_torrent.overlay.outbox import (
     SYN,
     WINDOW_UPDATE,
 )
+from p2pfl_torrent.overlay.sending import SessionBroken
 from p2pfl_torrent.overlay.yamux import YamuxConn
 from p2pfl_torrent.overlay.yamux_stream import MAX_SEND_WINDOW, YamuxStream
 from tests.overlay.links import admit, conns, seal, sessions, wire
@@ -441,7 +441,8 @@ async def test_a_window_that_opens_wakes_all_who_wait_for_it() -> None:
         assert sorted(got[-2:]) == sorted(b"ab")
 
 
-async def test_what_was_handed_over_arrives_as_it_was() -> None:
+@pytest.mark.parametrize("idle", [True, False])
+async def test_what_was_handed_over_arrives_as_it_was(idle: bool) -> None:
     """Who cancels a write while it leaves may use its buffer for something else."""
     async with sessions() as (ours, theirs):
         near = YamuxConn(ours, ours.remote_peer, admit)
@@ -452,6 +453,9 @@ async def test_what_was_handed_over_arrives_as_it_was() -> None:
             await near.event_started.wait()
             stream = await near.open_stream()
             stream.granted(64 << 20)
+            if idle:  # what the kernel takes then leaves in the writer's own task
+                await wait_all_tasks_blocked()
+                assert not near.outbox._busy
             buffer = bytearray(b"a") * (48 << 20)  # more than the kernel takes
             with trio.CancelScope() as cancelled:
                 async with trio.open_nursery() as writing:
@@ -592,8 +596,9 @@ async def test_a_bug_of_ours_in_sending_costs_this_connection_alone(
 ) -> None:
     async with conns() as (near, far):
         monkeypatch.setattr(near.outbox, "_session", None)
-        with pytest.raises(MuxedStreamError):
-            await (await near.open_stream()).write(b"x")
+        stream = await near.open_stream()
+        with trio.fail_after(PATIENCE), pytest.raises(MuxedStreamError):
+            await stream.write(b"x")  # behind the SYN: the task that sends has it
         with trio.fail_after(PATIENCE):
             await near.event_closed.wait()
             await far.event_closed.wait()
