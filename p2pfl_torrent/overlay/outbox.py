@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ same link (a heartbeat, a window update) wait a quarter of a second at most for 
 UNSENT = 4
 """Part of a frame that the kernel may hold unsent. With less, sending takes many small system calls
 (16 KiB, trio's default, costs a tenth more CPU); with more, what goes first waits behind it."""
+
+
+TURN = 0.002
+"""Seconds that a stream may send without a break while the kernel takes all of it."""
 
 
 class Session(Protocol):
@@ -131,6 +136,7 @@ class Outbox:
         self._drained = trio.Event()
         self._closed = False
         self._busy = True  # until run() has nothing to do
+        self._turn = 0.0  # when frames sent at once have had theirs
         self._begun: tuple[_Frame, Sending] | None = None
         self.carried = 0
 
@@ -208,7 +214,7 @@ class Outbox:
         frame = _Frame(stream.stream_id, parts, size)
         if self._nothing_queued() and not self._busy:
             if self._sent_at_once(frame):
-                await trio.lowlevel.checkpoint()
+                await self._let_others_run()
                 return
         else:
             self._frames.append(frame)
@@ -224,6 +230,15 @@ class Outbox:
             raise
         if not frame.sent:
             raise MuxedStreamError("the stream is over, or its connection")
+
+    async def _let_others_run(self) -> None:
+        """A cancellation is noticed each time; a turn of the event loop costs as much as sending
+        a small frame, and comes once in a TURN."""
+        if time.monotonic() < self._turn:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+            self._turn = time.monotonic() + TURN
 
     def _nothing_queued(self) -> bool:
         return not (self._begun or self._control or self._credits or self._frames)

@@ -157,3 +157,66 @@ async def test_a_large_part_is_not_joined_with_what_is_before_it(
         await outbox.send(Bulk(1, outbox), [head, body], len(head) + len(body))
         nursery.cancel_scope.cancel()
     assert link.messages == [HEADER.size + len(head), 65519, 65519, 65519, 200_000 - 3 * 65519]
+
+
+class Ample(Link):
+    """A session whose kernel takes all at once."""
+
+    def advance(self, sending: Sending) -> bool:
+        slow = cast(_Slow, sending)
+        data = b"".join(map(bytes, slow.messages))
+        assert len(data) == slow.size
+        self.left += [(trio.current_time(), what) for what in frames(data)]
+        return True
+
+
+async def an_idle_outbox(nursery: trio.Nursery, link: Link) -> Outbox:
+    outbox = Outbox(link)
+    nursery.start_soon(outbox.run)
+    await trio.testing.wait_all_tasks_blocked()
+    return outbox
+
+
+async def test_what_the_kernel_takes_at_once_is_sent_at_once() -> None:
+    async with trio.open_nursery() as nursery:
+        link = Ample(rate=1e9)
+        outbox = await an_idle_outbox(nursery, link)
+        bulk = Bulk(1, outbox)
+        await outbox.send(bulk, [b"first"], 5)
+        assert link.left[-1][1] == (DATA, 1, 5)
+        outbox.say(PING, SYN, 0)
+        await outbox.send(bulk, [b"second"], 6)
+        sent = [what for _, what in link.left]
+        assert sent == [(DATA, 1, 5), (PING, 0, 0), (DATA, 1, 6)]  # not before what goes first
+        nursery.cancel_scope.cancel()
+    assert outbox.carried == 11
+
+
+@pytest.mark.parametrize("turn", [0.0, 1e9])
+async def test_a_writer_that_never_waits_lets_others_run_and_can_be_cancelled(
+    turn: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pfl_torrent.overlay.outbox.TURN", turn)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with trio.open_nursery() as nursery:
+        outbox = await an_idle_outbox(nursery, Ample(rate=1e9))
+        bulk = Bulk(1, outbox)
+        await outbox.send(bulk, [b"x"], 1)  # begins a turn
+        async with trio.open_nursery() as running:
+            running.start_soon(other)
+            for _ in range(100):
+                await outbox.send(bulk, [b"x"], 1)
+            assert turns >= 99 if turn == 0 else turns <= 1
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await outbox.send(bulk, [b"x"], 1)
+            assert scope.cancelled_caught
+            running.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
