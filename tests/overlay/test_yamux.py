@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import trio
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
@@ -176,6 +176,7 @@ noise = st.one_of(
 
 
 @given(parts=st.lists(noise, max_size=30))
+@example(parts=[header(DATA, 0, 1, 13), bytes(13)])  # to a stream of ours
 @settings(max_examples=300)
 async def test_garbage_is_one_clean_error_and_holds_little(parts: list[bytes]) -> None:
     conn = a_conn()
@@ -184,7 +185,7 @@ async def test_garbage_is_one_clean_error_and_holds_little(parts: list[bytes]) -
         feed(conn, *parts)
     except SessionBroken:
         pass
-    held = sum(len(stream.inbox._pending) for stream in [*conn.streams.values(), *own])
+    held = sum(len(stream.inbox._pending) for stream in {*conn.streams.values(), *own})
     assert held <= sum(map(len, parts))
     assert 0 <= conn._buffered <= MAX_BUFFERED
     assert len(conn.outbox._control) <= MAX_ANSWERS
