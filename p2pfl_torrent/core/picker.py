@@ -230,6 +230,12 @@ class Picker:
             self._pressure = share
             self._epoch += 1
 
+    def measured(self, peer: PeerId, round_trip: float) -> None:
+        """A holder answered a ping after so many seconds."""
+        holder = self._holders.get(peer)
+        if holder is not None:
+            holder.pipeline.measured(round_trip)
+
     # --- asking ------------------------------------------------------------------------------
 
     def next_requests(self, peer: PeerId, now: float) -> list[BlockRequest]:

@@ -114,6 +114,8 @@ class Pipeline:
         rate: measured, in bytes per second; None before the first sample.
         lag: smoothed seconds by which answers come later than the rate alone explains: round trip,
             jitter, other fetchers' turns.
+        round_trip: the shortest that was measured; 0 before the first. A rate is counted from when
+            the first byte could be here, or a long way would look like a thin one.
         expired: of the abandoned, those that were late beyond patience.
     """
 
@@ -131,6 +133,7 @@ class Pipeline:
         "open",
         "peer",
         "rate",
+        "round_trip",
     )
 
     def __init__(self, peer: PeerId, policy: PickerPolicy) -> None:
@@ -140,6 +143,7 @@ class Pipeline:
         self.in_flight = 0
         self.rate: float | None = None
         self.lag = 0.0
+        self.round_trip = 0.0
         self.expired: set[int] = set()
         self._policy = policy
         self._limit = policy.active_requests
@@ -220,6 +224,12 @@ class Pipeline:
         """What one request may ask for."""
         return min(MAX_REQUEST_BYTES, int(self._rate() * self._policy.request_seconds))
 
+    def measured(self, round_trip: float) -> None:
+        """A ping was answered after so many seconds; behind pieces it takes longer than the way."""
+        if not self.round_trip or round_trip < self.round_trip:
+            self.round_trip = round_trip
+            self.lag = max(self.lag, round_trip)
+
     def ask(self, key: Key, block: int, count: int, size: int, now: float) -> BlockRequest:
         """Open a request."""
         expected = self.lag + (self.in_flight + size) / self._rate()
@@ -227,7 +237,7 @@ class Pipeline:
             self.peer, self._next_number, *key, block, count, size, now, expected
         )
         if not self.open and not self.abandoned:
-            self._since = now
+            self._since = now + self.round_trip
         self._next_number = (self._next_number + 1) & 0xFFFFFFFF
         self.open[request.number] = request
         self.in_flight += size
@@ -262,6 +272,7 @@ class Pipeline:
         if self.rate is not None:
             late = max(0.0, now - request.due + self.lag)
             self.lag += LAG_WEIGHT * (late - self.lag)
+            self.lag = max(self.lag, self.round_trip)
         self._measure(size, now)
         self.abandoned.pop(number, None)
         self.expired.discard(number)
@@ -269,7 +280,7 @@ class Pipeline:
 
     def _measure(self, size: int, now: float) -> None:
         self._bytes += size
-        self._seconds += now - self._since
+        self._seconds += max(0.0, now - self._since)
         self._since = now
         if self._seconds < SAMPLE_SECONDS:
             return

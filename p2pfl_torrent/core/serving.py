@@ -68,10 +68,14 @@ class Serving:
         """A fetcher connected: tell it all that is held of rounds from ``oldest_round`` on."""
         self.closed(peer)  # what was asked on a stream that this one replaces
         self.fetchers.add(peer)
-        updates = [
-            chunks_of(known)
+        held = [
+            known
             for known in self._ledger
             if known.held.count and known.manifest.round >= oldest_round
+        ]
+        # The newest round first: what a fetcher has no room to remember is the oldest then.
+        updates = [
+            chunks_of(known) for known in sorted(held, key=lambda k: k.manifest.round, reverse=True)
         ]
         return [ToFetcher(peer, message) for message in _announcements(updates)]
 
@@ -138,6 +142,11 @@ class Serving:
             request.chunk, request.block, request.count, self._block_size
         )
         return Upload(peer, request.number, known.manifest.update, request.chunk, offset, size)
+
+    def writing(self, peer: PeerId, busy: bool) -> None:
+        """A fetcher's writer begins or ends a write: meanwhile it takes no further piece."""
+        if peer in self.fetchers:
+            self._uploads.writing(peer, busy)
 
     def uploaded(self, peer: PeerId, size: int, now: float) -> None:
         """A piece of that many bytes has been handed to the transport."""

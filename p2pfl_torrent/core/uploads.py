@@ -48,18 +48,20 @@ class _Fetcher:
         turn: when it began to wait for the piece that is next, as a count of such beginnings.
         place: "slot" or "optimistic" while a piece is under way, "none" once that took longer than
             a place is held, empty where nothing is under way.
+        writing: its writer is busy, with whatever: it could take no piece now, and gets no place.
     """
 
     drawn: float
     requests: OrderedDict[int, Request] = field(default_factory=OrderedDict)
     turn: int = 0
     place: str = ""
+    writing: bool = False
     sending_since: float = 0.0
     sent: float = 0.0
 
     @property
     def waits(self) -> bool:
-        return bool(self.requests) and not self.place
+        return bool(self.requests) and not self.place and not self.writing
 
 
 class UploadQueue:
@@ -93,6 +95,13 @@ class UploadQueue:
         """Take a request back; False if it was answered, is being answered or never came."""
         fetcher = self._fetchers.get(peer)
         return fetcher is not None and fetcher.requests.pop(number, None) is not None
+
+    def writing(self, peer: PeerId, busy: bool) -> None:
+        """A peer's writer begins or ends a write. Who does not read blocks nobody but itself."""
+        fetcher = self._fetchers.get(peer)
+        if fetcher is None:
+            fetcher = self._fetchers[peer] = _Fetcher(self._rng.random())
+        fetcher.writing = busy
 
     def remove_peer(self, peer: PeerId) -> None:
         """A fetcher is gone."""

@@ -293,6 +293,7 @@ class Exchange:
                     sent = pings.pop(message.number, None)
                     if sent is not None:
                         edge.measured(trio.current_time() - sent)
+                        self.swarm.picker.measured(peer, trio.current_time() - sent)
                 else:
                     self.feed(ev.FromHolder(peer, message))
 
@@ -396,6 +397,8 @@ class Exchange:
         async def read() -> None:
             while True:
                 message, size = await channel.receive()
+                if edge.answer is not lane:
+                    return  # replaced: its questions are void
                 self._note(edge, message, size)
                 self.feed(ev.FromFetcher(peer, message))
                 self._wake_writers()
@@ -423,7 +426,9 @@ class Exchange:
                 large = self._add_pieces(edge.peer, messages)
                 if not messages:
                     break
+                self.swarm.serving.writing(edge.peer, True)
                 await self._send(edge, lane, messages)
+                self.swarm.serving.writing(edge.peer, False)
                 if large is not None:
                     self.swarm.serving.uploaded(edge.peer, large.size, trio.current_time())
                     piece = messages[-1]

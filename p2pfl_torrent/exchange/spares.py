@@ -27,7 +27,7 @@ class Spares:
         """``size`` writable bytes, of whatever content."""
         if size >= MIN_SPARE:
             for place in range(len(self._free) - 1, -1, -1):
-                if size <= len(self._free[place]):
+                if size <= len(self._free[place]) <= 2 * size:  # more would be held uncounted
                     buffer = self._free.pop(place)
                     self.kept -= len(buffer)
                     return memoryview(buffer)[:size]

@@ -218,7 +218,8 @@ class Rounds:
                 return merged
             # Nobody has gone on: the others may be gone. What is here is still worth averaging.
             self._exchange.feed(ev.CloseLate())
-            underway.outcome = await self._exchange.outcome()
+            with trio.CancelScope(shield=True):  # it is there already, and is there but once
+                underway.outcome = await self._exchange.outcome()
             assert isinstance(underway.outcome, ev.CloseRound)
         return await self._merge(underway.outcome, underway, metrics)
 

@@ -106,6 +106,20 @@ def test_a_slow_piece_frees_its_place_after_a_while() -> None:
     assert uploads.next_wakeup() is None
 
 
+def test_who_takes_nothing_holds_no_place() -> None:
+    uploads = queue()
+    *deaf, honest = PEERS
+    for peer in deaf:  # what was said to them stands in their streams, and they ask for more
+        uploads.writing(peer, True)
+        uploads.add(peer, request(0))
+    uploads.add(honest, request(0))
+    uploads.sent(honest, 10**9, 0.0)
+    assert uploads.runnable(0.0) == [honest]
+    assert serve(uploads, honest) == 0
+    uploads.writing(deaf[0], False)
+    assert uploads.runnable(0.0) == [deaf[0]]
+
+
 def test_a_peer_may_queue_only_so_much() -> None:
     uploads = queue(max_queued=2)
     assert [uploads.add(PEERS[0], request(number)) for number in range(3)] == [True, True, False]

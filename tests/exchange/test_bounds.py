@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from p2pfl_torrent.core import messages as m
 from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.messages import Message
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import PeerEvent
@@ -167,3 +168,51 @@ async def test_the_dropped_do_not_add_up_for_ever(autojump_clock: MockClock) -> 
     channel = FakeChannel(f"stranger {MAX_BANNED + 9}", lambda: None, reads=True)
     await exchange.serve(channel)
     assert channel.taken == 1  # its Hello, and no more
+
+
+class Blank:
+    """A store in which everything is zero."""
+
+    def read(self, update: UpdateId, chunk: int, offset: int, into: memoryview) -> None:
+        into[:] = bytes(len(into))
+
+
+async def test_strangers_that_take_nothing_keep_nobody_from_pieces(
+    autojump_clock: MockClock,
+) -> None:
+    world, exchange = an_exchange()
+    exchange._store = cast(UpdateStore, Blank())
+    update = world["a"].updates[1]
+    served = 0
+
+    async def ask(peer: str, *, reads: bool) -> None:
+        asked = 0
+        channel = FakeChannel(peer, lambda: None, reads=reads)
+
+        async def receive() -> tuple[Message, int]:
+            nonlocal asked
+            if asked:
+                await trio.sleep(0.2)  # by now what they are told of the update stands in the way
+            asked += 1
+            return (m.Request(asked, update, 0, 0, 1) if asked > 1 else HELLO), 1
+
+        async def send_together(messages: Sequence[Message]) -> list[int]:
+            nonlocal served
+            if not reads:
+                await trio.sleep_forever()
+            served += sum(isinstance(message, m.Piece) for message in messages)
+            await trio.lowlevel.checkpoint()
+            return [1] * len(messages)
+
+        channel.receive, channel.send_together = receive, send_together  # type: ignore[method-assign]
+        await exchange.serve(channel)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(exchange.run)
+        for number in range(8):
+            nursery.start_soon(partial(ask, f"deaf {number}", reads=False))
+        await trio.sleep(1.0)
+        nursery.start_soon(partial(ask, "honest", reads=True))
+        await trio.sleep(10.0)
+        nursery.cancel_scope.cancel()
+    assert served > 40

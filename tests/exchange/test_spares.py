@@ -21,6 +21,12 @@ def test_a_buffer_that_was_given_back_is_used_again() -> None:
     assert spares.take(MIN_SPARE).obj is not buffer
 
 
+def test_a_small_message_holds_no_large_buffer() -> None:
+    spares = Spares()
+    spares.give(spares.take(4 * MIN_SPARE))
+    assert memoryview(spares.take(MIN_SPARE).obj).nbytes == MIN_SPARE
+
+
 @given(st.lists(st.tuples(st.booleans(), SIZES), max_size=40))
 def test_no_two_have_the_same_buffer_and_little_is_kept(steps: list[tuple[bool, int]]) -> None:
     spares = Spares()
