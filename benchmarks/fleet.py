@@ -29,16 +29,23 @@ class Process:
         *,
         python: str = sys.executable,
         environment: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
+        """``within`` are words before the command, by which it runs somewhere else."""
         self.label = label
         self._errors = errors
         self._child = subprocess.Popen(
-            [python, *arguments],
+            [*within, python, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
         )
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._child.pid
 
     def say(self, line: str) -> None:
         """One line on its stdin."""
@@ -87,21 +94,30 @@ def members(specs: Sequence[Spec], directory: Path) -> Iterator[list[Process]]:
 
 
 @contextmanager
-def gathered(specs: Sequence[Spec], directory: Path) -> Iterator[list[Process]]:
+def gathered(
+    specs: Sequence[Spec], directory: Path, within: Sequence[Sequence[str]] = ()
+) -> Iterator[list[Process]]:
     """Members of a swarm that have begun to join, the first as its founder.
 
     Those that wait for a word before they join all listen.
+
+    Args:
+        within: for each member, words before its command.
     """
     with ExitStack() as stack:
         fleet: list[Process] = []
         entry: list[str] = []
-        for spec in specs:
-            sections = {**spec.config, "network": {"bootstrap": list(entry)}}
+        for spec, words in zip(specs, within or [()] * len(specs), strict=True):
+            network = {**spec.network, "bootstrap": list(entry)}
+            sections = {**spec.config, "network": network}
             file = directory / f"member-{spec.place}.json"
             file.write_text(json.dumps({**asdict(spec), "config": sections}), encoding="utf-8")
             errors = stack.enter_context((directory / f"member-{spec.place}.err").open("w+b"))
             process = Process(
-                f"member {spec.place}", ["-m", "benchmarks.member", str(file)], errors
+                f"member {spec.place}",
+                ["-m", "benchmarks.member", str(file)],
+                errors,
+                within=words,
             )
             stack.callback(process.end)
             fleet.append(process)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ class Spec:
         place: from 0.
         megabytes: size of the model, 10^6 bytes each.
         tensors: how many the model is made of.
+        network: of the configuration, beside the bootstrap peers.
         waits: it listens, but neither serves nor dials before the leader says a first line.
     """
 
@@ -52,6 +53,7 @@ class Spec:
     megabytes: float
     tensors: int = 20
     waits: bool = False
+    network: dict[str, object] = field(default_factory=dict)
 
 
 def model(spec: Spec) -> ModelSpec:
@@ -152,7 +154,9 @@ async def member(spec: Spec) -> None:
     del start
     async with open_node(node):
         at = {"at": time.monotonic(), "cpu_seconds": cpu_seconds() - used}
-        tell({"ready": node.peer_id, **at, "links": link_seconds(events) if events else {}})
+        near = [neighbour.peer for neighbour in node.statistics().neighbours]
+        seconds = link_seconds(events) if events else {}
+        tell({"ready": node.peer_id, **at, "links": seconds, "neighbours": near})
         while line := (await next_line()).strip():
             if line == "memory":
                 tell({"anonymous": anonymous_bytes()})
@@ -187,6 +191,9 @@ async def _exchange(node: Node, update: dict[str, Array]) -> dict[str, object]:
         "closed_by": report.closed_by,
         "payload": report.bytes_payload,
         "duplicate": report.bytes_duplicate,
+        "owners": {owner.owner: owner.completeness for owner in report.owners},
+        "downloaded": after.bytes_down - before.bytes_down,
+        "control_down": after.bytes_control_down - before.bytes_control_down,
         "uploaded": after.bytes_up - before.bytes_up,
         "control": after.bytes_control_up - before.bytes_control_up,
         "gossip_delivered": gossip.delivered,
