@@ -32,6 +32,7 @@ from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, Stimulus
 from p2pfl_torrent.core.fetching import Fetching
 from p2pfl_torrent.core.genesis import Genesis
+from p2pfl_torrent.core.gossiping import Gossiping
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import (
     Manifest,
@@ -39,7 +40,6 @@ from p2pfl_torrent.core.manifest import (
     UpdateId,
     decode_manifest,
     decode_manifest_gossip,
-    encode_header_gossip,
     update_of,
 )
 from p2pfl_torrent.core.messages import (
@@ -51,17 +51,15 @@ from p2pfl_torrent.core.messages import (
     Piece,
     Pong,
     Reject,
-    availability_gossip,
     decode_availability_gossip,
 )
 from p2pfl_torrent.core.peers import PeerId, Verify
 from p2pfl_torrent.core.picker import Picker, PickerPolicy
 from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
 from p2pfl_torrent.core.rounds import DeadlineChange, Frontier, RoundClock
-from p2pfl_torrent.core.serving import Serving, Upload, chunks_of
+from p2pfl_torrent.core.serving import Serving, Upload
 from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
-MAX_GOSSIP_BYTES = 16 << 10  # larger manifests are announced by header and pulled
 MAX_PARKED = 64  # manifests of owners not known as members yet; membership gossip may lag
 PROTOCOL_BAN = 60.0  # seconds, doubled by each further offence
 MAX_BAN = 3600.0
@@ -74,19 +72,15 @@ class SwarmPolicy:
     """Local settings of the machine.
 
     Attributes:
-        manifest_gossip: seconds after which an own manifest is gossiped, unless all neighbours
-            have shown by then that they have some of the update: they had it from us at once, and
-            pass it on.
-        announce_interval: seconds for which news waits for more before it is gossiped: edges
-            carry it at once, so this only repairs.
+        gossip_interval: seconds for which news has to be gone along the edges, and batches are
+            made, before it is gossiped.
         settle_seconds: how long nothing more of a dead owner's update may have become available
             before it is given up: some relays' Have away.
     """
 
     picker: PickerPolicy = field(default_factory=PickerPolicy)
     uploads: UploadPolicy = field(default_factory=UploadPolicy)
-    manifest_gossip: float = 1.0
-    announce_interval: float = 5.0
+    gossip_interval: float = 5.0
     settle_seconds: float = 0.5
 
 
@@ -123,13 +117,10 @@ class Swarm:
         self._parked: dict[bytes, PeerId] = {}
         self._absences = Absences()
         self._frontier = Frontier()
-        self._changed: set[UpdateId] = set()
+        self._gossiping = Gossiping(policy.gossip_interval)
         self._left_behind = False  # the others had finished this round before its deadline here
         self._taken = 0  # the round whose start weights were last taken from another peer
         self._moved = True  # something happened by which the round may be over
-        self._gossip_at = 0.0  # when what changed is to be gossiped
-        self._unheard: Manifest | None = None  # ours, which may have to be gossiped too
-        self._unheard_until = 0.0
         self._settling_since = 0.0
         self._strikes: dict[PeerId, int] = {}
         self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
@@ -233,7 +224,7 @@ class Swarm:
                 if isinstance(effect, ev.StoreComplete):
                     self.ledger.hold(effect.update, effect.chunk)
                     self._moved |= self.ledger[effect.update].held.complete
-                    self._gossip_soon(effect.update, now)
+                    self._gossiping.changed(effect.update, now)
                     self.serving.have(effect.update, effect.chunk)
         if any(isinstance(effect, Drop) for effect in effects):
             return effects
@@ -474,8 +465,7 @@ class Swarm:
         self._moved = True
         self.clock.published(self.local)
         effects.extend(self.serving.announce_update(known, with_manifest=True))
-        self._unheard, self._unheard_until = manifest, now + self._policy.manifest_gossip
-        self._gossip_soon(manifest.update, now)
+        self._gossiping.published(manifest, now)
         self._settling_since = now
         if missed:
             return [*effects, self._miss(now)]
@@ -489,11 +479,6 @@ class Swarm:
         self._left_behind = not self.clock.passed(now)
         return ev.MissedRound(self.round)
 
-    @staticmethod
-    def _gossip_form(manifest: Manifest) -> bytes:
-        whole = manifest.encode()
-        return whole if len(whole) <= MAX_GOSSIP_BYTES else encode_header_gossip(manifest.signed)
-
     # --- time --------------------------------------------------------------------------------
 
     def _tick(self, stimulus: ev.Tick, now: float) -> list[Effect]:
@@ -501,33 +486,22 @@ class Swarm:
         miss = predicted_miss(self.standing(), self._window(now)) if is_open else 0.0
         self.picker.set_pressure(miss)
         expired = self.fetching.expire(now)
-        effects = expired + self._ask(now)
-        if self._unheard is not None and now >= self._unheard_until:
-            if not self._has_spread(self._unheard.update):
-                effects.append(ev.PublishManifest(self._gossip_form(self._unheard)))
-            self._unheard = None
-        if self._changed and now >= self._gossip_at:
-            updates = tuple(
-                chunks_of(known)
-                for known in (self.ledger.get(update) for update in sorted(self._changed))
-                if known is not None
-            )
-            self._changed.clear()
-            body = availability_gossip(Availability(updates))
-            if updates and len(body) <= MAX_GOSSIP_BYTES:  # else the edges' Have must do
-                effects.append(ev.PublishAvailability(body))
-        return effects
+        asked = self._ask(now)
+        due = self._gossiping.due(now, self.ledger, self._all_have_some, self._all_have_all)
+        return expired + asked + due
 
-    def _has_spread(self, update: UpdateId) -> bool:
-        """Whether all who fetch here have shown that they have some of an update."""
-        fetchers = self.serving.fetchers & self.live.keys()
-        held = [self.fetching.remote_holds(peer, update) for peer in fetchers]
-        return bool(held) and all(chunks is not None and chunks.count for chunks in held)
+    def _all_have_some(self, known: KnownUpdate) -> bool:
+        """Whether all who fetch here, if anybody does, have shown that they have some of it."""
+        shown = self._shown(known)
+        return bool(shown) and all(chunks is not None and chunks.count for chunks in shown)
 
-    def _gossip_soon(self, update: UpdateId, now: float) -> None:
-        if not self._changed:
-            self._gossip_at = now + self._policy.announce_interval
-        self._changed.add(update)
+    def _all_have_all(self, known: KnownUpdate) -> bool:
+        """Whether all who fetch here have shown that they have all of it."""
+        return all(chunks is not None and chunks.complete for chunks in self._shown(known))
+
+    def _shown(self, known: KnownUpdate) -> list[Bitfield | None]:
+        fetchers = (self.serving.fetchers & self.live.keys()) - {known.manifest.owner}
+        return [self.fetching.remote_holds(peer, known.manifest.update) for peer in fetchers]
 
     def next_wakeup(self, now: float) -> float:
         """When a Tick is due at the latest."""
@@ -535,14 +509,14 @@ class Swarm:
         # Once passed while still training, nothing here waits for it any more.
         if self.clock is not None and not self.clock.passed(now):
             times.append(self.clock.next_wakeup())
-        if self._changed:
-            times.append(self._gossip_at)
-        if self._unheard is not None:
-            times.append(self._unheard_until)
         if self.phase == "exchanging":
             settled = self._settling_since + self._policy.settle_seconds
             times.extend(time for time in (settled, self._hopeless_from(now)) if time > now)
-        for timeout in (self.fetching.next_wakeup(now), self.serving.next_wakeup()):
+        for timeout in (
+            self.fetching.next_wakeup(now),
+            self.serving.next_wakeup(),
+            self._gossiping.next_wakeup(),
+        ):
             if timeout is not None:
                 times.append(timeout)
         return min(times)

@@ -153,7 +153,7 @@ def test_an_update_is_taken_only_in_its_round_and_while_training() -> None:
 
 
 def test_a_large_manifest_is_gossiped_by_its_header_and_pulled() -> None:
-    slow = SwarmPolicy(manifest_gossip=0.0)  # before an edge can have brought a chunk
+    slow = SwarmPolicy(gossip_interval=0.0)  # before an edge can have brought a chunk
     world = World("abc", edges=["ab", "bc"], block_size=4, policy=slow)
     world.play()
     for node in world.nodes.values():
