@@ -114,11 +114,15 @@ class Gossip:
         """The connected peers that told us that they follow ``topic``."""
         return {str(peer) for peer in self._pubsub.peer_topics.get(topic, ())}
 
-    async def subscribe(self, topic: str, on_message: OnMessage, *, relay: bool = True) -> None:
+    async def subscribe(
+        self, topic: str, on_message: OnMessage, *, publisher: str | None = None
+    ) -> None:
         """Calls ``on_message(originator, data)`` for every message on ``topic`` but our own.
 
-        Without ``relay`` nothing that comes on the topic is passed on: for one that only
-        neighbours of its one publisher follow, who all have it from there.
+        Args:
+            publisher: the one peer that publishes there, if that is so, ``to_all`` of its
+                neighbours that follow it. Nobody else is told that we do, and nothing that comes
+                is passed on.
 
         The callback is called in place, between two reads of a socket: it must be quick and must
         not raise (that is logged). No queue lies in between, so none can overflow.
@@ -129,7 +133,8 @@ class Gossip:
         if topic in self._pubsub.callbacks:
             raise LocalProtocolError(f"subscribed to {topic} already")
         self._pubsub.callbacks[topic] = on_message
-        if not relay:
+        if publisher is not None:
+            self._pubsub.publishers[topic] = ID.from_base58(publisher)
             self._router.unrelayed.add(topic)
         await self._pubsub.subscribe(topic)
 
@@ -137,6 +142,7 @@ class Gossip:
         """Ends a subscription; nothing happens if there is none."""
         if self._pubsub.callbacks.pop(topic, None) is not None:
             await self._pubsub.unsubscribe(topic)
+            self._pubsub.publishers.pop(topic, None)
             self._router.unrelayed.discard(topic)
 
     async def publish(self, topic: str, data: bytes, *, to_all: bool = False) -> None:
@@ -190,6 +196,7 @@ class _GuardedPubsub(Pubsub):
         # messages were sent, the new ones would look like old ones and vanish.
         self.counter = time.time_ns()
         self.callbacks: dict[str, OnMessage] = {}
+        self.publishers: dict[str, ID] = {}  # of topics with one
         self._counters = counters
         self._inbound: Counter[ID] = Counter()
         self._meeting: set[ID] = set()
@@ -227,6 +234,35 @@ class _GuardedPubsub(Pubsub):
             await super()._handle_new_peer(peer_id)
         finally:
             self._meeting.discard(peer_id)
+        for topic, publisher in self.publishers.items():
+            if publisher == peer_id and topic in self.callbacks:
+                self._tell(peer_id, rpc_pb2.RPC.SubOpts(subscribe=True, topicid=topic))
+
+    # What we follow
+
+    def get_hello_packet(self) -> rpc_pb2.RPC:
+        """What each peer is told when its stream opens; topics with one publisher, it alone is."""
+        packet = super().get_hello_packet()
+        shared = [one for one in packet.subscriptions if one.topicid not in self.publishers]
+        del packet.subscriptions[:]
+        packet.subscriptions.extend(shared)
+        return packet
+
+    async def message_all_peers(
+        self, raw_msg: bytes, announce: rpc_pb2.RPC.SubOpts | None = None
+    ) -> None:
+        """Tells what we begin or cease to follow to all whom it concerns."""
+        publisher = self.publishers.get(announce.topicid) if announce is not None else None
+        if publisher is None:
+            await super().message_all_peers(raw_msg, announce)
+        elif announce is not None:
+            self._tell(publisher, announce)
+
+    def _tell(self, peer_id: ID, announce: rpc_pb2.RPC.SubOpts) -> None:
+        queue = self.peer_queues.get(peer_id)
+        if queue is not None:  # else it will be told when its stream opens
+            packet = rpc_pb2.RPC(subscriptions=[announce])
+            self._enqueue_or_retry_announce(peer_id, queue, packet, announce)
 
     # Sending
 

@@ -30,7 +30,7 @@ class Topics:
         self._local = local
         self._gossip = gossip
         self._followed: set[str] = set()
-        self._near: set[str] = set()
+        self._near: dict[str, PeerId] = {}  # topics, and who publishes there
         self._changed = trio.Event()
         self._to_publish, self._queue = trio.open_memory_channel[tuple[str, bytes, bool]](
             MAX_QUEUED
@@ -52,22 +52,24 @@ class Topics:
         await self._follow(self.members, members)
         always = set(self._followed)
         while True:
-            wanted = self._near | always
+            wanted = self._near.keys() | always
             for topic in self._followed - wanted:
                 self._followed.remove(topic)
                 await self._gossip.unsubscribe(topic)
             for topic in wanted - self._followed:
-                await self._follow(topic, availability, relay=False)
+                await self._follow(topic, availability, self._near[topic])
             await self._changed.wait()
             self._changed = trio.Event()
 
-    async def _follow(self, topic: str, on_message: OnMessage, *, relay: bool = True) -> None:
+    async def _follow(
+        self, topic: str, on_message: OnMessage, publisher: PeerId | None = None
+    ) -> None:
         self._followed.add(topic)
-        await self._gossip.subscribe(topic, on_message, relay=relay)
+        await self._gossip.subscribe(topic, on_message, publisher=publisher)
 
     def set_neighbours(self, neighbours: Collection[PeerId]) -> None:
         """Whose availability is of interest from now on."""
-        self._near = {f"{self._have}/{peer}" for peer in neighbours}
+        self._near = {f"{self._have}/{peer}": peer for peer in neighbours}
         self._changed.set()
 
     async def leave(self) -> None:

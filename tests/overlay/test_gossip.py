@@ -103,11 +103,10 @@ async def test_what_is_not_relayed_goes_to_all_neighbours_and_no_further() -> No
     links = [(0, 1), (0, 2), (0, 3), (0, 4), (4, 5)]
     async with a_swarm(6, links) as (first, *others):
         for node in others:
-            await node.gossip.subscribe("availability", node.listen, relay=False)
+            await node.gossip.subscribe("availability", node.listen, publisher=first.host.peer_id)
         *near, far = others
         names = {node.host.peer_id for node in near}
         await until(lambda: first.gossip.neighbours("availability") == names)
-        await until(lambda: far.host.peer_id in near[-1].gossip.neighbours("availability"))
         said = [(first.host.peer_id, b"%d" % number) for number in range(20)]
         for _, data in said:
             await first.gossip.publish("availability", data, to_all=True)
@@ -115,6 +114,23 @@ async def test_what_is_not_relayed_goes_to_all_neighbours_and_no_further() -> No
         await until(lambda: all(len(node.heard) > 20 for node in near) and len(far.heard) > 0)
         assert all(node.heard[:20] == said for node in near)
         assert far.heard == [(first.host.peer_id, b"the end")]
+        # Nobody else was told: in a full mesh that would be as many words as peers, cubed.
+        assert not any(node.gossip.neighbours("availability") for node in others)
+
+
+async def test_a_publisher_learns_who_follows_it_when_they_meet_and_when_they_cease() -> None:
+    async with a_host() as one, a_host() as other:
+        async with open_gossip(one) as first, open_gossip(other) as last:
+            node = Node(other, last)
+            await last.subscribe("availability", node.listen, publisher=one.peer_id)
+            await one.connect(other.peer_id, other.addrs(), PATIENCE)  # after it was followed
+            await until(lambda: first.neighbours("availability") == {other.peer_id})
+            await first.publish("availability", b"have", to_all=True)
+            await until(lambda: node.heard == [(one.peer_id, b"have")])
+            await last.unsubscribe("availability")
+            await until(lambda: first.neighbours("availability") == set())
+            await last.subscribe("availability", node.listen, publisher=one.peer_id)
+            await until(lambda: first.neighbours("availability") == {other.peer_id})
 
 
 async def test_after_unsubscribing_one_hears_nothing() -> None:

@@ -27,10 +27,10 @@ class FakeGossip:
         self.followed: dict[str, OnMessage] = {}
         self.published: list[tuple[str, bytes]] = []
 
-    async def subscribe(self, topic: str, on_message: OnMessage, *, relay: bool = True) -> None:
+    async def subscribe(self, topic: str, on_message: OnMessage, *, publisher: str | None) -> None:
         await trio.lowlevel.checkpoint()
         assert topic not in self.followed
-        assert relay == ("/have/" not in topic)
+        assert publisher == (topic.rpartition("/have/")[2] if "/have/" in topic else None)
         self.followed[topic] = on_message
 
     async def unsubscribe(self, topic: str) -> None:
