@@ -268,10 +268,9 @@ class Outbox:
                 await self._wake.wait()
             self._busy = True
             if self._begun:
-                frame, sending = self._begun
+                (frame, sending), self._begun = self._begun, None
                 with self._sent(frame):
                     await self._session.finish(sending)
-                    self._begun = None
             else:
                 await self._send_next()
 
@@ -327,3 +326,7 @@ class Outbox:
         for frame in self._frames:
             frame.done.set()
         self._frames.clear()
+        if self._begun:  # run() was cancelled before it saw this one
+            (frame, sending), self._begun = self._begun, None
+            sending.end()
+            frame.done.set()

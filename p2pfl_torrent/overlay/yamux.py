@@ -130,6 +130,7 @@ class YamuxConn(IMuxedConn):
                     # The library's swarm runs this task, and would end with it: a bug of ours
                     # costs this connection and no other.
                     log.exception("the connection with %s failed", self.peer_id)
+                self._shut_down()  # before the sender is gone: nothing can be begun meanwhile
                 nursery.cancel_scope.cancel()
         finally:
             self._shut_down()

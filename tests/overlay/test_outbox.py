@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 import trio
+from libp2p.stream_muxer.exceptions import MuxedStreamError
 from trio.testing import MockClock
 
 from p2pfl_torrent.overlay.outbox import (
@@ -58,6 +59,10 @@ class Link:
 class _Slow:
     messages: Iterable[memoryview]
     size: int
+    ended: bool = False
+
+    def end(self) -> None:
+        self.ended = True
 
 
 def frames(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
@@ -220,3 +225,35 @@ async def test_a_writer_that_never_waits_lets_others_run_and_can_be_cancelled(
             assert scope.cancelled_caught
             running.cancel_scope.cancel()
         nursery.cancel_scope.cancel()
+
+
+class Full(Link):
+    """A session whose kernel took a part and has no room for more."""
+
+    begun: _Slow
+
+    def begin(self, messages: Iterable[memoryview], size: int) -> Sending:
+        self.begun = _Slow(messages, size)
+        return cast(Sending, self.begun)
+
+
+async def test_a_frame_that_nobody_is_left_to_finish_ends_with_the_connection(
+    autojump_clock: MockClock,
+) -> None:
+    """It was begun in the turn of the event loop in which the sending task was cancelled."""
+    link = Full(rate=1e9)
+    outbox = Outbox(link)
+
+    async def sending() -> None:
+        try:
+            await outbox.run()
+        finally:
+            outbox.close()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sending)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        with trio.fail_after(60, shield=True), pytest.raises(MuxedStreamError):
+            await outbox.send(Bulk(1, outbox), [b"half"], 4)
+    assert link.begun.ended
