@@ -254,6 +254,8 @@ async def test_a_frame_that_nobody_is_left_to_finish_ends_with_the_connection(
         nursery.start_soon(sending)
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-        with trio.fail_after(60, shield=True), pytest.raises(MuxedStreamError):
-            await outbox.send(Bulk(1, outbox), [b"half"], 4)
+        with trio.fail_after(60) as patience:
+            patience.shield = True
+            with pytest.raises(MuxedStreamError):
+                await outbox.send(Bulk(1, outbox), [b"half"], 4)
     assert link.begun.ended
