@@ -52,12 +52,13 @@ class Topics:
         await self._follow(self.members, members)
         always = set(self._followed)
         while True:
-            wanted = self._near.keys() | always
+            near = self._near  # replaced, never changed, while we follow
+            wanted = near.keys() | always
             for topic in self._followed - wanted:
                 self._followed.remove(topic)
                 await self._gossip.unsubscribe(topic)
             for topic in wanted - self._followed:
-                await self._follow(topic, availability, self._near[topic])
+                await self._follow(topic, availability, near[topic])
             await self._changed.wait()
             self._changed = trio.Event()
 
