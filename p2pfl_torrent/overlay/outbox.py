@@ -3,8 +3,9 @@
 * A frame goes out whole or not at all, whoever waits for it and is cancelled: what the kernel takes
   at once leaves at once if nothing else is queued, and one task sends all the rest.
 * Control frames (12 bytes) go first and are not waited for.
-* A stream has one frame in the queue at most, no longer than the link carries in a quarter of a
-  second, so that streams take turns and the queue is bounded by their number.
+* A stream has one frame in the queue at most, no longer than the link at its last rate carries in a
+  quarter of a second (in 10 ms if it is beyond 64 KiB), so that streams take turns and the queue is
+  bounded by their number.
 """
 
 from __future__ import annotations
@@ -37,9 +38,13 @@ MAX_FRAME = (1 << 20) + 64
 """A whole Piece with its head."""
 
 SLOW_FRAME = 0.25
-"""Seconds. A frame that takes longer to leave is followed by a smaller one, so that others on the
-same link (a heartbeat, a window update) wait a quarter of a second at most for their turn."""
+"""Seconds. A frame of up to FIRST_FRAME that takes longer to leave is followed by one that would
+not have, so that others on the same link (a heartbeat, a window update) wait no longer for theirs.
+Not shorter: where each frame waits for busy tasks, small ones would carry next to nothing."""
 
+FAST_FRAME = 0.01
+"""Seconds that a frame beyond FIRST_FRAME may take. A frame that has begun cannot be made shorter:
+on a link that falls to a hundredth of its rate what goes first waits for a hundred times this."""
 
 UNSENT = 4
 """Part of a frame that the kernel may hold unsent. With less, sending takes many small system calls
@@ -311,11 +316,12 @@ class Outbox:
         self._pace(frame.size, seconds)
 
     def _pace(self, size: int, seconds: float) -> None:
-        limit = self.frame_limit
-        if seconds > SLOW_FRAME:
-            self.frame_limit = max(MIN_FRAME, min(size, limit) // 2)
-        elif seconds < SLOW_FRAME / 4 and size >= limit:
-            self.frame_limit = min(MAX_FRAME, limit * 2)
+        limit, longer = self.frame_limit, min(MAX_FRAME, self.frame_limit * 2)
+        fitting = _fitting(size / seconds) if seconds else MAX_FRAME
+        if seconds > (FAST_FRAME if size > FIRST_FRAME else SLOW_FRAME):
+            self.frame_limit = max(MIN_FRAME, min(limit, fitting))
+        elif size >= limit and fitting >= longer:
+            self.frame_limit = longer
         if self.frame_limit != limit:
             self._session.keep_unsent(max(MIN_FRAME, self.frame_limit // UNSENT))
 
@@ -330,3 +336,8 @@ class Outbox:
             (frame, sending), self._begun = self._begun, None
             sending.end()
             frame.done.set()
+
+
+def _fitting(rate: float) -> int:
+    """The longest frame for a link of so many bytes a second."""
+    return int(max(rate * FAST_FRAME, min(FIRST_FRAME, rate * SLOW_FRAME)))

@@ -13,6 +13,8 @@ from trio.testing import MockClock
 
 from p2pfl_torrent.overlay.outbox import (
     DATA,
+    FAST_FRAME,
+    FIRST_FRAME,
     HEADER,
     MAX_FRAME,
     MIN_FRAME,
@@ -111,14 +113,14 @@ async def test_control_goes_first_and_streams_take_turns(autojump_clock: MockClo
     assert outbox.carried == 3 << 20
 
 
+@pytest.mark.parametrize("before", [16_000, 5_000_000, 20_000_000, 1_000_000_000])
 @pytest.mark.parametrize("kbit", [128, 1000, 10_000])
-async def test_a_heartbeat_waits_for_a_short_frame_only(
-    kbit: int, autojump_clock: MockClock
+async def test_a_heartbeat_waits_for_the_frame_that_has_begun_and_then_for_short_ones(
+    kbit: int, before: int, autojump_clock: MockClock
 ) -> None:
-    """Bulk and a ping each second, on a link that was fast until the bulk began."""
-    link = Link(rate=kbit * 125)
+    """Bulk and a ping each second, on a link that falls while the bulk is under way."""
+    link = Link(rate=before)
     outbox = Outbox(link)
-    outbox.frame_limit = MAX_FRAME
     waits: list[float] = []
 
     async def beat() -> None:
@@ -131,11 +133,16 @@ async def test_a_heartbeat_waits_for_a_short_frame_only(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(outbox.run)
-        nursery.start_soon(Bulk(1, outbox).write, 64 << 20)
-        await trio.sleep(MAX_FRAME / link.rate * 3)  # the frames of before
+        nursery.start_soon(Bulk(1, outbox).write, 1 << 30)
+        await trio.sleep(5 if before < 1_000_000 else 0.5)
+        link.rate = kbit * 125
+        begun = outbox.frame_limit
+        assert begun <= max(FIRST_FRAME, before * FAST_FRAME)
         await beat()
         nursery.cancel_scope.cancel()
-    assert max(waits) <= max(SLOW_FRAME, MIN_FRAME / link.rate) * 1.5
+    # Two frames were cut at the earlier rate: the one that has begun, and the next in the queue.
+    assert max(waits[:2]) <= begun / link.rate * 1.1 + SLOW_FRAME
+    assert max(waits[2:]) <= max(SLOW_FRAME, MIN_FRAME / link.rate) * 1.1
     assert outbox.frame_limit >= MIN_FRAME
     assert link.unsent == max(MIN_FRAME, outbox.frame_limit // UNSENT)
 
