@@ -16,10 +16,8 @@ from p2pfl_torrent.core.messages import (
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import FrameStream
 
-WRITE_PATIENCE = (
-    120.0  # seconds for one frame: 1 MiB at 128 kbit/s takes 66, and nobody asks for more there
-)
-BODY_PATIENCE = 120.0  # seconds from a frame's header to its end, likewise
+WRITE_PATIENCE = 180.0  # seconds for one frame: 2 MiB take 131 on a link that fell to 128 kbit/s
+BODY_PATIENCE = 180.0  # seconds from a frame's header to its end, likewise
 JOINED_BYTES = 16 << 10  # in one write; above, joining costs more than a frame
 
 __all__ = ["PROTOCOL_ID", "ChunkChannel"]
