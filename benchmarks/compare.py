@@ -9,7 +9,8 @@ median of the repeats' ratios. What lies within the clock differs, so we are com
   update too, which libtorrent has done before (``seconds``);
 - gloo, and raw sockets where asked for: links open before on both sides (``seconds_open``);
 - p2pfl and a central server: links open before, and until the updates are averaged
-  (``seconds_merged``).
+  (``seconds_merged``). p2pfl's clock starts when its nodes have voted and spread the start weights;
+  from its start to its end it takes ``seconds_from_start``, and its learner trains nothing.
 
 Our CPU-seconds contain the averaging, always. What cannot be prepared or does not finish is left
 out, and ``missing`` says why. The topology is ours, p2pfl's and libtorrent's, and that of raw
@@ -128,6 +129,7 @@ def figures(name: str, laps: Sequence[Laps]) -> dict[str, object]:
         only = [sole(each) for each in laps]
         return {
             "seconds": [lap.seconds for lap in only],
+            "seconds_from_start": [lap.seconds_from_start for lap in only],
             "cpu_seconds": median([lap.cpu_seconds for lap in only]),
             **equal,
         }

@@ -8,6 +8,11 @@ and is checked and stored: with the network in a thread of the training process,
 runs from the update's manifest to its last chunk. Training inside is compared with the same loop's
 in the seconds before and after, and the window's length with that of the update before, which came
 while nothing was trained. The result is the median over the repeats, both networks interleaved.
+
+Where others use the same cores, that hits training in and around the window by chance. So the ratio
+of training is also given without the seconds in which its thread was ready to run and had no core
+(``training_ratio_on_core``): what is left is its own work, and waiting for Python's lock. That
+leaves out what the network takes by using a core, which is nothing where one is free.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from benchmarks.output import add_json, median, write
 LEAD = 2.0  # seconds of training before and after an update comes, to compare with
 
 Window = tuple[float, float]
+Batch = Sequence[float]  # when it was done, and seconds waited for a core until then
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class Sharing:
 
     Attributes:
         batches_alone, batches_beside: per second.
+        on_core_alone, on_core_beside: per second in which the loop did not wait for a core.
         seconds_alone, seconds_beside: in which the update arrived.
         megabytes_alone: per second, as it arrived without training.
         cpu_seconds_alone: of the receiving process in that time.
@@ -44,6 +51,8 @@ class Sharing:
 
     batches_alone: float
     batches_beside: float
+    on_core_alone: float
+    on_core_beside: float
     seconds_alone: float
     seconds_beside: float
     megabytes_alone: float
@@ -55,21 +64,34 @@ class Sharing:
         return self.batches_beside / self.batches_alone
 
     @property
+    def training_ratio_on_core(self) -> float:
+        """The same, of the time in which the loop did not wait for a core."""
+        return self.on_core_beside / self.on_core_alone
+
+    @property
     def exchange_ratio(self) -> float:
         """Seconds of the exchange beside training, over those alone."""
         return self.seconds_beside / self.seconds_alone
 
 
-def rate(times: Sequence[float], windows: Sequence[Window]) -> float:
-    """Batches a second inside some windows.
+def rates(batches: Sequence[Batch], windows: Sequence[Window]) -> tuple[float, float]:
+    """Batches a second inside some windows, from the first to the last in each: of all the time,
+    and of that in which the loop did not wait for a core.
 
     Raises:
-        ValueError: there is none: nothing was trained meanwhile.
+        ValueError: there are too few: nothing was trained meanwhile.
     """
-    inside = sum(began <= time <= ended for time in times for began, ended in windows)
-    if not inside:
+    done = 0
+    seconds = waited = 0.0
+    for began, ended in windows:
+        inside = [batch for batch in batches if began <= batch[0] <= ended]
+        if len(inside) > 1:
+            done += len(inside) - 1
+            seconds += inside[-1][0] - inside[0][0]
+            waited += inside[-1][1] - inside[0][1]
+    if not done:
         raise ValueError("no batch was done in the window: the update is too small")
-    return inside / sum(ended - began for began, ended in windows)
+    return done / seconds, done / (seconds - waited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +99,13 @@ class Transfer:
     """An update that came.
 
     Attributes:
-        batches: when those were done that were trained meanwhile, before and after.
+        batches: those trained meanwhile, before and after.
         shared_at: when the sender was told to share.
     """
 
     window: Window
     cpu_seconds: float
-    batches: Sequence[float]
+    batches: Sequence[Batch]
     shared_at: float
 
     @property
@@ -93,10 +115,14 @@ class Transfer:
 
 def sharing(megabytes: float, quiet: Transfer, busy: Transfer) -> Sharing:
     """The figures of an update without and of one with training beside it."""
-    around = [(busy.batches[0], busy.shared_at), (busy.window[1], busy.batches[-1])]
+    around = [(busy.batches[0][0], busy.shared_at), (busy.window[1], busy.batches[-1][0])]
+    alone, on_core_alone = rates(busy.batches, around)
+    beside, on_core_beside = rates(busy.batches, [busy.window])
     return Sharing(
-        batches_alone=rate(busy.batches, around),
-        batches_beside=rate(busy.batches, [busy.window]),
+        batches_alone=alone,
+        batches_beside=beside,
+        on_core_alone=on_core_alone,
+        on_core_beside=on_core_beside,
         seconds_alone=quiet.seconds,
         seconds_beside=busy.seconds,
         megabytes_alone=megabytes / quiet.seconds,
@@ -144,7 +170,7 @@ class InProcess:
         shared_at = time.monotonic()
         self._sender.say("share")
         answer = self._receiver.hear("window")
-        batches: Sequence[float] = ()
+        batches: Sequence[Batch] = ()
         if trains:
             time.sleep(LEAD)
             self._program.say("enough")
@@ -160,7 +186,7 @@ def _share_back(receiver: Process, sender: Process) -> None:
     sender.hear("shared")
 
 
-def _transfer(answer: dict[str, Any], batches: Sequence[float], shared_at: float) -> Transfer:
+def _transfer(answer: dict[str, Any], batches: Sequence[Batch], shared_at: float) -> Transfer:
     began, ended = answer["window"]
     return Transfer((began, ended), answer["cpu_seconds"], batches, shared_at)
 
@@ -242,19 +268,14 @@ def measure(megabytes: float, pace: float, repeats: int) -> dict[str, list[Shari
         return runs
 
 
+RATIOS = ("training_ratio", "training_ratio_on_core", "exchange_ratio")
+
+
 def summary(runs: Sequence[Sharing]) -> dict[str, object]:
-    """Medians, those of the repeats' ratios among them."""
-    rows = [asdict(run) for run in runs]
+    """Medians, those of the repeats' ratios first; and the repeats."""
+    rows = [{**{name: getattr(run, name) for name in RATIOS}, **asdict(run)} for run in runs]
     medians: dict[str, object] = {name: median([row[name] for row in rows]) for name in rows[0]}
-    return {
-        "training_ratio": median([run.training_ratio for run in runs]),
-        "exchange_ratio": median([run.exchange_ratio for run in runs]),
-        **medians,
-        "runs": [
-            {"training_ratio": run.training_ratio, "exchange_ratio": run.exchange_ratio, **row}
-            for run, row in zip(runs, rows, strict=True)
-        ],
-    }
+    return {**medians, "runs": rows}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -270,10 +291,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     runs = measure(args.megabytes, args.pace, args.repeats)
     result = {network: summary(each) for network, each in runs.items()}
-    columns = [name for name in result["thread"] if name != "runs"]
-    table = [f"{'':8}" + "".join(f"{name:>19}" for name in columns)]
-    for network, figures in result.items():
-        table.append(f"{network:8}" + "".join(f"{figures[name]:19.2f}" for name in columns))
+    table = [f"{'network in a':24}" + "".join(f"{network:>9}" for network in result)]
+    for name in result["thread"]:
+        if name != "runs":
+            table.append(f"{name:24}" + "".join(f"{each[name]:9.2f}" for each in result.values()))
     what: dict[str, object] = {"megabytes": args.megabytes, "pace": args.pace}
     write(args.json, {**what, **result}, table)
     return 0

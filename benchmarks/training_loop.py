@@ -4,8 +4,8 @@
 
 It is led by lines. ``join`` makes it a peer, with the network in a thread of this process: then
 ``take train`` and ``take wait`` take the other's update, beside training or not, and then share the
-own. Without, ``train`` trains until a next line. It tells at what times (time.monotonic) its
-batches were done.
+own. Without, ``train`` trains until a next line. It tells of each batch when it was done (by
+time.monotonic), and how long the training thread had until then waited for a core.
 """
 
 from __future__ import annotations
@@ -29,6 +29,15 @@ from p2pfl_torrent.learning.models import small_cnn
 LEAD = 2.0  # seconds of training before and after an update comes, to compare with
 SHAPE = (1, 28, 28)  # MNIST's
 BATCH = 32
+MALLOC_KEEPS = 28 << 20  # glibc learns from blocks of up to 32 MiB
+
+
+Batch = tuple[float, float]  # when it was done, and seconds waited for a core until then
+
+
+def waited_for_core() -> float:
+    """Seconds that this thread has been ready to run and had no core, so far."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 class Ballast(nn.Module):
@@ -61,15 +70,15 @@ class Training:
         self._network = network
         self._optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
 
-    def batches(self, over: Callable[[], bool]) -> list[float]:
-        """Train until it is over; when each batch was done."""
-        times: list[float] = []
+    def batches(self, over: Callable[[], bool]) -> list[Batch]:
+        """Train until it is over."""
+        times: list[Batch] = []
         while not over():
             self._optimizer.zero_grad()
             loss = nn.functional.cross_entropy(self._network(self._images), self._labels)
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own
             self._optimizer.step()
-            times.append(time.monotonic())
+            times.append((time.monotonic(), waited_for_core()))
         return times
 
 
@@ -131,6 +140,9 @@ def train(training: Training) -> bool:
 
 def main(spec: Spec) -> None:
     torch.set_num_threads(1)
+    # malloc returns what a batch needs to the system, batch by batch, until it has let go something
+    # larger once. Programs that load data have; here one would, when updates come, and one not.
+    torch.empty(MALLOC_KEEPS, dtype=torch.uint8)
     network = Ballast(spec)
     training = Training(network.cnn)
     training.batches(timed(0.5))  # what the first batches allocate

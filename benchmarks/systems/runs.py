@@ -45,7 +45,8 @@ class Lap:
     """One round of one system.
 
     Attributes:
-        seconds: from the word to begin until the last process has everything.
+        seconds: from when all may begin until the last process has everything.
+        seconds_from_start: from the word to begin; longer where a system first votes, say.
         merged_seconds: until the last has averaged it too, where the system says.
         cpu_seconds: of all processes, from the word until all have ended.
         links_before: connections there were already when links were to be dialled.
@@ -54,6 +55,7 @@ class Lap:
     """
 
     seconds: float
+    seconds_from_start: float
     merged_seconds: float | None
     cpu_seconds: float
     links_before: int
@@ -124,11 +126,13 @@ def lap(
 
     A system that begins later by its own doing, after a vote say, tells ``began`` itself.
     """
-    began = max([began, *(end["began"] for end in ends if "began" in end)])
+    word, began = began, max([began, *(end["began"] for end in ends if "began" in end)])
     merged = [end["merged"] for end in ends if "merged" in end]
     digests = {check["digest"] for check in checks}
+    ended = max(end["ended"] for end in ends)
     return Lap(
-        seconds=max(end["ended"] for end in ends) - began,
+        seconds=ended - began,
+        seconds_from_start=ended - word,
         merged_seconds=max(merged) - began if merged else None,
         cpu_seconds=sum(check["cpu_seconds"] for check in checks),
         links_before=links,

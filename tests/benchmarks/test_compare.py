@@ -16,7 +16,7 @@ from benchmarks.systems.runs import Lap, Work, lap
 
 
 def a_lap(seconds: float, merged: float | None = None, cpu: float = 1.0) -> Lap:
-    return Lap(seconds, merged, cpu, 0, None, equal=True)
+    return Lap(seconds, seconds, merged, cpu, 0, None, equal=True)
 
 
 def ours(dialled: float, open_: float, merged: float) -> compare.Laps:
@@ -51,7 +51,7 @@ def test_without_ours_there_is_no_ratio() -> None:
 def test_a_lap_runs_from_the_word_to_the_last_and_sums_the_cpu() -> None:
     ends = [{"ended": 12.0, "merged": 12.5}, {"ended": 13.0, "merged": 13.25}]
     checks = [{"cpu_seconds": 1.5, "digest": "a"}, {"cpu_seconds": 2.0, "digest": "a"}]
-    assert lap(10.0, ends, checks, 0, None) == Lap(3.0, 3.25, 3.5, 0, None, equal=True)
+    assert lap(10.0, ends, checks, 0, None) == Lap(3.0, 3.0, 3.25, 3.5, 0, None, equal=True)
 
 
 def test_duplicates_are_those_of_all_over_the_payload_of_all() -> None:
@@ -65,7 +65,8 @@ def test_duplicates_are_those_of_all_over_the_payload_of_all() -> None:
 def test_who_begins_later_by_its_own_doing_is_timed_from_there() -> None:
     ends = [{"ended": 20.0, "began": 14.0}, {"ended": 19.0, "began": 15.0}]
     checks = [{"cpu_seconds": 1.0, "digest": "a"}] * 2
-    assert lap(10.0, ends, checks, 0, None).seconds == 5.0
+    measured = lap(10.0, ends, checks, 0, None)
+    assert (measured.seconds, measured.seconds_from_start) == (5.0, 10.0)
 
 
 @pytest.mark.parametrize(

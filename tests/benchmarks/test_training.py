@@ -13,37 +13,51 @@ from p2pfl_torrent.core.reports import ChunkReceived, ManifestSeen
 HERE, THERE = PeerId("here"), PeerId("there")
 
 
+def batches(*times: float) -> list[tuple[float, float]]:
+    """Done at these times, by a loop that never waits for a core."""
+    return [(time, 0.0) for time in times]
+
+
 def test_a_rate_counts_what_was_done_inside_the_windows() -> None:
-    times = [0.5, 1.0, 1.5, 2.5, 4.0]
-    assert training.rate(times, [(1.0, 3.0)]) == 1.5
-    assert training.rate(times, [(0.0, 1.0), (3.5, 4.5)]) == 1.5
+    done = batches(0.5, 1.0, 1.5, 2.0, 4.0, 5.0, 9.0)
+    assert training.rates(done, [(0.9, 3.0)]) == (2.0, 2.0)
+    assert training.rates(done, [(0.0, 2.0), (3.5, 6.0)]) == (1.6, 1.6)
 
 
-def test_a_window_without_a_batch_is_an_error() -> None:
+def test_time_without_a_core_is_left_out_where_it_is_to_be() -> None:
+    done = [(0.0, 5.0), (1.0, 5.5), (2.0, 6.0), (3.0, 7.0)]
+    assert training.rates(done, [(0.0, 2.5)]) == (1.0, 2.0)
+
+
+def test_a_window_without_batches_is_an_error() -> None:
     with pytest.raises(ValueError, match="the update is too small"):
-        training.rate([1.0], [(2.0, 3.0)])
+        training.rates(batches(1.0, 2.5), [(2.0, 3.0)])
 
 
 def test_training_is_compared_with_the_seconds_around_the_window_alone() -> None:
-    around = [0.5 * k for k in range(5)]  # 0 to 2: two a second; shared at 2, manifest at 3
-    before_the_manifest = [2.4, 2.5, 2.6]  # the sender hashes: neither alone nor beside
-    beside = [3.5, 4.5, 5.5, 6.5]  # one a second
-    after = [7.5, 8.0, 8.5, 9.0]
-    batches = [*around, *before_the_manifest, *beside, *after]
+    done = batches(
+        *(0.0, 0.5, 1.0, 1.5, 2.0),  # two a second; the sender is told to share at 2
+        *(2.4, 2.5, 2.6),  # it hashes: neither alone nor beside
+        *(3.5, 4.5, 5.5, 6.5),  # one a second, while the update comes from 3 to 7
+        *(7.5, 8.0, 8.5, 9.0),
+    )
     quiet = training.Transfer((0.0, 2.0), 0.5, (), 0.0)
-    busy = training.Transfer((3.0, 7.0), 0.7, batches, 2.0)
-    figures = training.sharing(100.0, quiet, busy)
-    assert figures.batches_alone == 9 / 4
+    figures = training.sharing(100.0, quiet, training.Transfer((3.0, 7.0), 0.7, done, 2.0))
+    assert figures.batches_alone == 2.0
     assert figures.batches_beside == 1.0
-    assert figures.training_ratio == 4 / 9
+    assert figures.training_ratio == figures.training_ratio_on_core == 0.5
     assert figures.exchange_ratio == 2.0
     assert figures.megabytes_alone == 50.0
 
 
 def test_the_result_is_the_median_of_the_repeats_ratios() -> None:
-    runs = [training.Sharing(a, b, 1.0, 1.0, 1.0, 1.0) for a, b in ((1, 1), (2, 1), (10, 7))]
-    assert training.summary(runs)["training_ratio"] == 0.7
-    assert training.summary(runs)["batches_alone"] == 2
+    runs = [
+        training.Sharing(a, b, 2 * a, b, 1.0, 1.0, 1.0, 1.0) for a, b in ((1, 1), (2, 1), (10, 7))
+    ]
+    result = training.summary(runs)
+    assert result["training_ratio"] == 0.7
+    assert result["training_ratio_on_core"] == 0.35
+    assert result["batches_alone"] == 2
 
 
 def test_an_updates_window_runs_from_its_manifest_to_its_last_chunk() -> None:
