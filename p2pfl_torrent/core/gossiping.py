@@ -1,7 +1,8 @@
 """What this peer gossips of its updates, and when: only what the edges seem not to have carried.
 
 An edge's stream carries a manifest or a new chunk at once and reliably, for a tenth of what a
-gossip delivery costs. So news is gossiped only if it is not settled a while after that.
+gossip delivery costs. So news is gossiped only if it is not settled a while after that; but a
+manifest at once where there are members to whom no edge leads.
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ class Gossiping:
         self._interval = interval
         self._manifest: Manifest | None = None
         self._manifest_at = 0.0
+        self._to_all = True
         self._new: set[UpdateId] = set()
         self._ripe: set[UpdateId] = set()  # new for an interval already
         self._look_at = 0.0
 
-    def published(self, manifest: Manifest, now: float) -> None:
-        """Our manifest went to all who fetch here; one of an older round is history."""
-        self._manifest, self._manifest_at = manifest, now + self._interval
+    def published(self, manifest: Manifest, now: float, *, to_all: bool) -> None:
+        """Our manifest went to all who fetch here; one of an older round is history.
+
+        Unless those are all members (``to_all``) it is gossiped at once: hop by hop it may come
+        after the word that we have left, and nobody waits for the update of who has left.
+        """
+        self._manifest, self._to_all = manifest, to_all
+        self._manifest_at = now + self._interval if to_all else now
         self.changed(manifest.update, now)
 
     def changed(self, update: UpdateId, now: float) -> None:
@@ -53,7 +60,7 @@ class Gossiping:
         if self._manifest is not None and now >= self._manifest_at:
             manifest, self._manifest = self._manifest, None
             known = ledger.get(manifest.update)
-            if known is not None and not begun(known):
+            if known is not None and not (self._to_all and begun(known)):
                 effects.append(PublishManifest(_gossip_form(manifest)))
         if (self._new or self._ripe) and now >= self._look_at:
             known_ripe = (ledger.get(update) for update in sorted(self._ripe))

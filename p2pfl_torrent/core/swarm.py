@@ -465,7 +465,8 @@ class Swarm:
         self._moved = True
         self.clock.published(self.local)
         effects.extend(self.serving.announce_update(known, with_manifest=True))
-        self._gossiping.published(manifest, now)
+        others = self.live.keys() - {self.local}
+        self._gossiping.published(manifest, now, to_all=others <= self.serving.fetchers)
         self._settling_since = now
         if missed:
             return [*effects, self._miss(now)]
