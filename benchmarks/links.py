@@ -208,7 +208,8 @@ class Trial:
                 for row in rows[:whole]
             ],
             crippled=[
-                row["payload"] / (self.goodputs[place].down * row["exchange_seconds"])
+                (row["downloaded"] - row["duplicate"])
+                / (self.goodputs[place].down * row["exchange_seconds"])
                 for place, row in enumerate(rows)
                 if place >= whole
             ],
