@@ -6,19 +6,13 @@ dropped as it comes; ours assembles pieces, as the exchange needs them.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from libp2p import new_host
 from libp2p.abc import IHost, INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -29,6 +23,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.security.noise.transport import Transport as StockNoise
 from multiaddr import Multiaddr
 
+from benchmarks.tls import NAME, client_context, server_context
 from p2pfl_torrent.core.messages import Piece, Pong
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import Channel
@@ -229,9 +224,8 @@ async def _dial_tcp(address: str) -> AsyncIterator[Link]:
 
 @asynccontextmanager
 async def _listen_ssl(told: Told) -> AsyncIterator[Link]:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     with TemporaryDirectory(prefix="p2pfl-benchmark-") as directory:
-        context.load_cert_chain(_certificate(Path(directory)))
+        context = server_context(Path(directory))
     async with _accepted(told) as stream:
         secure = trio.SSLStream(stream, context, server_side=True)
         await secure.do_handshake()
@@ -240,40 +234,10 @@ async def _listen_ssl(told: Told) -> AsyncIterator[Link]:
 
 @asynccontextmanager
 async def _dial_ssl(address: str) -> AsyncIterator[Link]:
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # the handshake is not what is measured
     async with await trio.open_tcp_stream("127.0.0.1", int(address)) as stream:
-        secure = trio.SSLStream(stream, context)
+        secure = trio.SSLStream(stream, client_context(), server_hostname=NAME)
         await secure.do_handshake()
         yield _trio_link(secure)
-
-
-def _certificate(directory: Path) -> Path:
-    """A key and a certificate signed with it, in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "benchmark")])
-    now = datetime.now(timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    file = directory / "certificate.pem"
-    file.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    return file
 
 
 LISTEN: dict[str, Callable[[Told], AbstractAsyncContextManager[Link]]] = {

@@ -250,7 +250,7 @@ class NoiseSession(BaseSession):
         """
         try:
             all_taken = sending.step()
-        except BaseException as error:
+        except BaseException as error:  # as in finish()
             sending.end()
             self._break(str(error) or type(error).__name__)
             raise

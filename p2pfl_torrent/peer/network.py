@@ -117,7 +117,7 @@ def parse_bootstrap(addrs: Sequence[str]) -> list[tuple[PeerId, str]]:
         try:
             address = Multiaddr(text)
             peer = address.get_peer_id()
-        except Exception as error:
+        except Exception as error:  # multiaddr's own, ValueError, or what a codec raises
             raise ConfigError(f"network.bootstrap: {text!r} is not a multiaddress.") from error
         if peer is None:
             raise ConfigError(
