@@ -21,6 +21,7 @@ bittorrent: {{timeout: {wait}, linger: 600.0}}
 task: {{epochs: {epochs}}}
 """
 FOR_EVER = 1_000_000  # epochs
+SOME = 8  # epochs, that take a second or more
 
 
 class Member:
@@ -67,9 +68,9 @@ class Member:
 
 
 @contextmanager
-def two_members(tmp_path: Path, wait: float) -> Iterator[tuple[Member, Member]]:
-    """One that trains a moment, and one that trains for ever, so that the first must wait."""
-    quick = Member(tmp_path / "quick", CONFIG.format(wait=wait, epochs=1), "--part", "1/2")
+def two_members(tmp_path: Path, wait: float, epochs: int) -> Iterator[tuple[Member, Member]]:
+    """One that trains some epochs, and one that trains for ever, so that the first must wait."""
+    quick = Member(tmp_path / "quick", CONFIG.format(wait=wait, epochs=epochs), "--part", "1/2")
     members = [quick]
     try:
         slow = CONFIG.format(wait=wait, epochs=FOR_EVER)
@@ -85,7 +86,7 @@ def two_members(tmp_path: Path, wait: float) -> Iterator[tuple[Member, Member]]:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_while_exchanging_and_while_training(tmp_path: Path) -> None:
-    with two_members(tmp_path, wait=600.0) as (quick, slow):
+    with two_members(tmp_path, wait=600.0, epochs=1) as (quick, slow):
         quick.wait_until("exchanging")
         slow.wait_until("training")
         quick.interrupt(signal.SIGINT)
@@ -95,7 +96,10 @@ def test_while_exchanging_and_while_training(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_while_seeding_at_the_end(tmp_path: Path) -> None:
-    with two_members(tmp_path, wait=1.0) as (quick, slow):
-        quick.wait_until("seeding")  # for the other has not got its update yet
+    with two_members(tmp_path, wait=1.0, epochs=SOME) as (quick, slow):
+        slow.wait_until("training")
+        slow.process.send_signal(signal.SIGSTOP)  # its network would take the update meanwhile
+        quick.wait_until("seeding")
         quick.interrupt(signal.SIGTERM)
+        slow.process.send_signal(signal.SIGCONT)
         slow.interrupt(signal.SIGINT)
