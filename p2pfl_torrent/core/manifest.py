@@ -112,11 +112,15 @@ class SignedHeader:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A signed header with its chunk table, checked."""
+    """A signed header with its chunk table, checked.
+
+    Attributes:
+        wire: both and the signature as they are sent; each fetcher gets these bytes.
+    """
 
     signed: SignedHeader
     entries: tuple[ChunkEntry, ...]
-    table: bytes
+    wire: bytes
 
     @property
     def update(self) -> UpdateId:
@@ -140,7 +144,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The wire form: header, signature and table."""
-        return msgspec.msgpack.encode(_Wire(self.signed.raw, self.signed.signature, self.table))
+        return self.wire
 
     def block_range(self, chunk: int, block: int, count: int, block_size: int) -> tuple[int, int]:
         """Offset and bytes of ``count`` blocks inside a chunk's file."""
@@ -209,7 +213,8 @@ def make_manifest(
     )
     raw = msgspec.msgpack.encode(header)
     signed = SignedHeader(header, raw, sign(SIGNING_CONTEXT + raw))
-    return Manifest(signed, entries, table)
+    wire = msgspec.msgpack.encode(_Wire(raw, signed.signature, table))
+    return Manifest(signed, entries, wire)
 
 
 _T = TypeVar("_T")
@@ -269,7 +274,7 @@ def decode_manifest(
         raise RemoteProtocolError("chunk table is not the one its owner signed")
     entries = _decode(_table_decoder, wire.table, "chunk table")
     _check_entries(entries, layout, signed.header.payload_bytes)
-    return Manifest(signed, entries, wire.table)
+    return Manifest(signed, entries, data)
 
 
 def update_of(data: bytes) -> UpdateId | None:
