@@ -4,6 +4,9 @@ An update's chunks lie one after the other in ``<state>/updates/<update id>``, e
 safetensors file at its offset. SQLite says what should be there; after a restart bytes are
 trusted only when their hashes match again, so a kill at any instant costs nothing verified. A
 power cut may cost the last moments, but never leaves a state that cannot be opened.
+
+A pruned update's file is written over by the next round's: fresh pages cost the kernel more than
+the bytes, on virtual machines several times as much.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +90,9 @@ class Store:
         self._complete: dict[UpdateId, Bitfield] = {}
         self._files: OrderedDict[UpdateId, IO[bytes]] = OrderedDict()
         self._unrecorded: list[tuple[UpdateId, int, int, PeerId]] = []
+        self._mappings: defaultdict[UpdateId, list[weakref.ref[object]]] = defaultdict(list)
+        self._spare_files: list[Path] = []  # of updates that were pruned
+        self._spared = 0  # ever: the next one's name
         try:
             self._db = _open_database(state_dir, swarm)
             try:
@@ -115,6 +122,7 @@ class Store:
             file.close()
         self._files.clear()
         try:
+            self._drop_spare_files()
             if self._unrecorded:
                 with self._recording():
                     pass
@@ -226,11 +234,13 @@ class Store:
         offset = self._offsets[update][chunk]
         size = self._manifests[update].entries[chunk].size
         try:
-            return map_file(self._path(update), offset, size)
+            view = map_file(self._path(update), offset, size)
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self._path(update)} cannot be read ({error}): delete it and start again."
             ) from error
+        self._mappings[update].append(weakref.ref(view.obj))
+        return view
 
     def verified_blocks(self, update: UpdateId, chunk: int) -> Bitfield:
         """Blocks of a chunk that are here and match their hashes (re-hashed, so: not cheap).
@@ -283,12 +293,29 @@ class Store:
     def _file(self, update: UpdateId) -> IO[bytes]:
         file = self._files.get(update)
         if file is None:
+            self._reuse_a_file(update)
             descriptor = os.open(self._path(update), os.O_RDWR | os.O_CREAT, 0o644)
             file = self._files[update] = os.fdopen(descriptor, "r+b", buffering=0)
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(update)
         return file
+
+    def _drop_spare_files(self) -> None:
+        for spare in self._spare_files:
+            spare.unlink(missing_ok=True)
+        self._spare_files.clear()
+
+    def _reuse_a_file(self, update: UpdateId) -> None:
+        """Write a new update over one that was pruned; what stays of that matches no hash."""
+        path = self._path(update)
+        if not self._spare_files or path.exists():
+            return
+        spare, size = self._spare_files.pop(), self._offsets[update][-1]
+        with suppress(FileNotFoundError):  # somebody tidied up: a new one is made
+            if spare.stat().st_size > size:
+                os.truncate(spare, size)
+            spare.rename(path)
 
     # --- rounds ------------------------------------------------------------------------------
 
@@ -346,11 +373,15 @@ class Store:
             for update, manifest in self._manifests.items()
             if manifest.round < round - self._keep_rounds and not self._fills(update, round, newest)
         ]
-        self.forget(forgotten)
+        self._drop_spare_files()  # a whole round had no use for them
+        self._forget(forgotten, self._spare)
         return forgotten
 
     def forget(self, updates: Iterable[UpdateId]) -> None:
         """Forget updates and their bytes, for instance one of our own that was never published."""
+        self._forget(updates, self._delete)
+
+    def _forget(self, updates: Iterable[UpdateId], release: Callable[[UpdateId], None]) -> None:
         known = [update for update in updates if update in self._manifests]
         with self._recording():
             for update in known:
@@ -360,8 +391,24 @@ class Store:
             file = self._files.pop(update, None)
             if file is not None:
                 file.close()
-            self._path(update).unlink(missing_ok=True)  # a chunk still mapped stays readable
+            release(update)
+            self._mappings.pop(update, None)
             del self._manifests[update], self._offsets[update], self._complete[update]
+
+    def _delete(self, update: UpdateId) -> None:
+        self._path(update).unlink(missing_ok=True)  # a chunk still mapped stays readable
+
+    def _spare(self, update: UpdateId) -> None:
+        """Keep the file for the next update, unless a chunk of it is still mapped."""
+        path = self._path(update)
+        is_mapped = any(mapping() is not None for mapping in self._mappings[update])
+        if is_mapped or not path.exists():
+            self._delete(update)
+            return
+        spare = path.with_name(f"spare-{self._spared}")
+        self._spared += 1
+        path.rename(spare)
+        self._spare_files.append(spare)
 
     def _fills(self, update: UpdateId, round: int, newest: dict[tuple[PeerId, int], int]) -> bool:
         """Whether an old update still holds the last received version of one of its chunks."""

@@ -334,6 +334,62 @@ def test_what_is_forgotten_may_come_again(store: Store) -> None:
     assert store.chunk(update.id, 0) == update.files[0]
 
 
+def test_a_pruned_updates_file_is_written_over(tmp_path: Path) -> None:
+    with opened(tmp_path, keep_rounds=1, fill_max_age=0) as store:
+        old = Update("anna", 1).put(store)
+        inode = (tmp_path / "updates" / old.id.hex()).stat().st_ino
+        assert store.prune(3) == [old.id]
+        new = Update("berta", 3)
+        store.put_manifest(new.manifest)
+        store.write(new.id, 0, 0, new.files[0])
+        store.complete_chunk(new.id, 0, SOURCE)
+        path = tmp_path / "updates" / new.id.hex()
+        assert path.stat().st_ino == inode
+        assert store.chunk(new.id, 0) == new.files[0]
+        assert not store.verified_blocks(new.id, 1).complete  # the old bytes are nobody's
+    assert files_in(tmp_path) == {new.id.hex()}
+
+
+def test_a_file_that_is_longer_than_the_next_update_is_cut(tmp_path: Path) -> None:
+    with opened(tmp_path, keep_rounds=1, fill_max_age=0) as store:
+        old = Update("anna", 1).put(store)
+        path = tmp_path / "updates" / old.id.hex()
+        whole = path.stat().st_size
+        with path.open("ab") as file:
+            file.write(bytes(100))
+        store.prune(3)
+        new = Update("berta", 3).put(store)
+        assert (tmp_path / "updates" / new.id.hex()).stat().st_size == whole
+
+
+def test_a_file_that_is_still_mapped_is_not_written_over(tmp_path: Path) -> None:
+    with opened(tmp_path, keep_rounds=1, fill_max_age=0) as store:
+        old = Update("anna", 1).put(store)
+        mapped = store.chunk(old.id, 0)
+        store.prune(3)
+        assert files_in(tmp_path) == set()
+        Update("berta", 3).put(store)
+        assert mapped == old.files[0]
+
+
+def test_spare_files_go_after_a_round_without_use_and_at_the_end(tmp_path: Path) -> None:
+    updates = tmp_path / "updates"
+    with opened(tmp_path, keep_rounds=1, fill_max_age=0) as store:
+        Update("anna", 1).put(store)
+        store.prune(3)
+        assert len(files_in(tmp_path)) == 1
+        store.prune(4)
+        assert files_in(tmp_path) == set()
+        Update("anna", 4).put(store)
+        store.prune(6)
+        (spare,) = files_in(tmp_path)
+        (updates / spare).unlink()  # by somebody's hand: a new one is made
+        Update("anna", 6).put(store)
+        store.prune(8)
+        assert len(files_in(tmp_path)) == 1
+    assert files_in(tmp_path) == set()
+
+
 def test_one_of_our_own_that_was_never_published_is_forgotten(store: Store, tmp_path: Path) -> None:
     mine, other = Update("a", 3).put(store, "#+.."), Update("b", 3).put(store)
     store.forget([mine.id, mine.id, UpdateId(b"\0" * 32)][::2])
