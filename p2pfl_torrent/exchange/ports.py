@@ -31,7 +31,7 @@ class ByteStream(Protocol):
     async def write(
         self, data: bytes | bytearray | memoryview, timeout: float | None = None
     ) -> None:
-        """Hand all of ``data`` to the transport."""
+        """Hand all of ``data`` to the transport; without ``timeout``, while it takes any."""
         ...
 
     async def close(self) -> None:
@@ -47,7 +47,7 @@ class FrameStream(ByteStream, Protocol):
     """A stream whose messages have a head of fixed size that says how much follows."""
 
     async def read_frame(
-        self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
+        self, head_bytes: int, body_bytes: Callable[[bytearray], int]
     ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; once called, only frames can be read.
 
@@ -55,11 +55,10 @@ class FrameStream(ByteStream, Protocol):
 
         Args:
             body_bytes: from a head, the size of its body; may raise RemoteProtocolError.
-            patience: seconds from a head to the end of its body; a head is waited for as long as
-                nothing comes.
 
         Raises:
-            EdgeClosedError: the stream ended, or a body took too long.
+            EdgeClosedError: the stream ended, or a body came too slowly; a head is waited for as
+                long as nothing comes.
             RemoteProtocolError: ``body_bytes`` refused the frame.
         """
         ...

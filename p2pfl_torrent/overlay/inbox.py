@@ -12,6 +12,7 @@ import trio
 
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.exchange.spares import Spares
+from p2pfl_torrent.overlay.limits import FRAME_PROGRESS, FRAME_STALL
 
 BodyBytes = Callable[[bytearray], int]
 """From a frame's head, how many bytes follow; RemoteProtocolError where it will not do."""
@@ -39,9 +40,9 @@ class Inbox:
     """
 
     __slots__ = (
-        "_began", "_body_bytes", "_credit", "_frames", "_got", "_handed_out", "_head",
-        "_head_bytes", "_hold",
-        "_in_a_row", "_into", "_owed", "_paid", "_pending", "_spares", "_wake", "end", "held",
+        "_body_bytes", "_credit", "_frames", "_got", "_handed_out", "_head", "_head_bytes", "_hold",
+        "_in_a_row", "_into", "_mark", "_owed", "_paid", "_pending", "_since", "_spares", "_wake",
+        "end", "held",
     )  # fmt: skip
 
     def __init__(
@@ -65,7 +66,8 @@ class Inbox:
         self._frames: deque[tuple[bytearray, memoryview]] = deque()
         self._handed_out = _NOTHING
         self._owed = 0
-        self._began = 0.0
+        self._mark = 0  # bytes of the body that had come ...
+        self._since = 0.0  # ... when its progress was last looked at
         self._in_a_row = 0
 
     # The reader's side
@@ -132,9 +134,10 @@ class Inbox:
                 self._into, self._got = _NOTHING, 0
                 self.finish(error)
                 return
-            self._head, self._began = head, trio.current_time()
+            self._head = head
             self._change(size)
             self._into, self._got = self._spares.take(size), 0
+            self._look()
             if size:
                 return
         self._frames.append((self._head, self._into))
@@ -142,6 +145,9 @@ class Inbox:
         self._head = None
         self._into, self._got = memoryview(bytearray(self._head_bytes)), 0
         self._rouse()
+
+    def _look(self) -> None:
+        self._mark, self._since = self._got, trio.current_time()
 
     def _change(self, count: int) -> None:
         self.held += count
@@ -218,15 +224,13 @@ class Inbox:
         """Whether bytes are here that were not taken."""
         return bool(self._pending or self._frames or self._head is not None or self._got)
 
-    async def frame(
-        self, head_bytes: int, body_bytes: BodyBytes, patience: float
-    ) -> tuple[bytearray, memoryview]:
+    async def frame(self, head_bytes: int, body_bytes: BodyBytes) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; from the first call on there are only frames.
 
         A body is there until the next call: then its memory is used again.
 
         Raises:
-            trio.TooSlowError: its body is not complete ``patience`` seconds after its head.
+            trio.TooSlowError: less than FRAME_PROGRESS of its body came within FRAME_STALL.
             RemoteProtocolError: ``body_bytes`` refused it.
         """
         if self._handed_out:
@@ -248,18 +252,20 @@ class Inbox:
         while not self._frames:
             if self.end is not None:
                 raise self.end.with_traceback(None)
-            began = self._began if self._head is not None else trio.current_time()
-            with trio.move_on_at(began + patience) as deadline:
+            since = self._since if self._head is not None else trio.current_time()
+            with trio.move_on_at(since + FRAME_STALL) as deadline:
                 await self._wait()
             if deadline.cancelled_caught and self._head is not None and not self._frames:
-                if trio.current_time() >= self._began + patience:
-                    raise trio.TooSlowError
+                if trio.current_time() >= self._since + FRAME_STALL:
+                    if self._got - self._mark < FRAME_PROGRESS:
+                        raise trio.TooSlowError
+                    self._look()
         head, body = self._frames.popleft()
         self._handed_out = body
         self._change(-len(body) - FRAME_OVERHEAD)
         if self._frames:
             self._settle(len(head) + len(body))
         else:  # what follows may have been held up by us: its time runs from now
-            self._began = trio.current_time()
+            self._look()
             self._settle()
         return head, body

@@ -32,8 +32,10 @@ IDLE_RATE = 1000.0
 """Frames without payload that a peer may send, at once and a second, besides one for each byte that
 it got: so often does a stock py-libp2p that reads bytes one by one grant us a byte more."""
 
-FRAME_STALL = 30.0
-"""Seconds that 64 KiB of a frame may take to leave: 17 kbit/s. Slower is a dead link."""
+FRAME_PROGRESS = 64 << 10
+FRAME_STALL = 60.0
+"""Seconds in which FRAME_PROGRESS bytes of a frame that has begun, or its rest, must leave or come:
+9 kbit/s. So 2 MiB get through a link that fell to 64 kbit/s, in 262 s; slower is a dead link."""
 
 MAX_PROTOCOL_NAME = 256
 """Bytes of a protocol name in a multistream-select message; ours have below 40."""

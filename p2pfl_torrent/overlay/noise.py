@@ -19,7 +19,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.security.base_session import BaseSession
 from libp2p.security.noise.transport import Transport as StockNoiseTransport
 
-from p2pfl_torrent.overlay.limits import FRAME_STALL
+from p2pfl_torrent.overlay.limits import FRAME_PROGRESS, FRAME_STALL
 from p2pfl_torrent.overlay.sending import (
     MAX_NONCE,
     PREFIX,
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 TURN = 0.002
 """Seconds that one connection is read before the other tasks have their turn. In seconds, since
 a message of 12 byte frames costs a hundred times the CPU of one with a piece in it."""
-
-PROGRESS = 64 << 10
-"""Bytes that must leave within FRAME_STALL."""
 
 
 class Sink(Protocol):
@@ -267,7 +264,7 @@ class NoiseSession(BaseSession):
         mark, since = sending.taken, trio.current_time()
         try:
             while not self.advance(sending):
-                if sending.taken - mark >= PROGRESS:
+                if sending.taken - mark >= FRAME_PROGRESS:
                     mark, since = sending.taken, trio.current_time()
                 with trio.move_on_at(since + FRAME_STALL) as stall:
                     await self._wait_writable()

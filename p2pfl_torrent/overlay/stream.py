@@ -16,6 +16,7 @@ from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import EdgeClosedError
 from p2pfl_torrent.overlay.inbox import BodyBytes
+from p2pfl_torrent.overlay.limits import FRAME_STALL
 from p2pfl_torrent.overlay.yamux_stream import YamuxStream
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Stream:
         raise StreamTimeout(f"{self.remote} sent nothing more within {timeout:g} s")
 
     async def read_frame(
-        self, head_bytes: int, body_bytes: BodyBytes, patience: float
+        self, head_bytes: int, body_bytes: BodyBytes
     ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body: received where it stays, woken for once.
 
@@ -99,16 +100,16 @@ class Stream:
 
         Raises:
             EndOfStream: the other side finished cleanly, between two frames.
-            StreamTimeout: a body is not complete ``patience`` seconds after its head.
+            StreamTimeout: a body came too slowly; see FRAME_STALL.
             StreamBroken: the stream or its connection broke.
         """
         with self._alone("_reading"), self._errors("read"):
             try:
                 with self._ends():
-                    return await self._muxed.inbox.frame(head_bytes, body_bytes, patience)
+                    return await self._muxed.inbox.frame(head_bytes, body_bytes)
             except trio.TooSlowError:
                 raise StreamTimeout(
-                    f"{self.remote} did not finish a message within {patience:g} s"
+                    f"{self.remote} sent too little of a message for {FRAME_STALL:g} s"
                 ) from None
 
     @contextmanager
@@ -136,7 +137,8 @@ class Stream:
 
         Raises:
             StreamTimeout: that took longer than ``timeout`` seconds; the stream is reset.
-            StreamBroken: the stream or its connection broke.
+            StreamBroken: the stream or its connection broke, or the other side takes too little of
+                it; see FRAME_STALL.
         """
         await self._send((data,), timeout)
 

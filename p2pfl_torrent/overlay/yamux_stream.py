@@ -10,7 +10,12 @@ from libp2p.abc import IMuxedStream
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
 from p2pfl_torrent.overlay.inbox import Inbox
-from p2pfl_torrent.overlay.limits import INITIAL_WINDOW, RECEIVE_WINDOW
+from p2pfl_torrent.overlay.limits import (
+    FRAME_PROGRESS,
+    FRAME_STALL,
+    INITIAL_WINDOW,
+    RECEIVE_WINDOW,
+)
 from p2pfl_torrent.overlay.outbox import RST, WINDOW_UPDATE, Bytes
 
 if TYPE_CHECKING:
@@ -98,11 +103,19 @@ class YamuxStream(IMuxedStream):
         await self.write_parts(data)
 
     async def write_parts(self, *parts: Bytes) -> None:
-        """Sends the parts one after the other, as if they were one, without joining them."""
+        """Sends the parts one after the other, as if they were one, without joining them.
+
+        Raises:
+            MuxedStreamError: the stream or the connection broke, or the other side gave too little
+                credit for FRAME_STALL. What the connection takes is the session's to watch.
+        """
+        mark, waited = self.sent, 0.0
         rest = [memoryview(part).cast("B") for part in parts]
         left = sum(map(len, rest))
         while left:
-            await self._may_send()
+            if self.sent - mark >= FRAME_PROGRESS:
+                mark, waited = self.sent, 0.0
+            waited += await self._may_send(FRAME_STALL - waited)
             size = min(left, self.send_window, self.conn.outbox.frame_limit)
             left -= size
             self.send_window -= size
@@ -114,15 +127,20 @@ class YamuxStream(IMuxedStream):
         self.sent -= count
         self.granted(count)
 
-    async def _may_send(self) -> None:
-        while True:
-            if self.send_closed:
-                raise self._broken()
-            if self.send_window:
-                return
+    async def _may_send(self, patience: float) -> float:
+        """Waits for credit; the seconds that took."""
+        began = trio.current_time()
+        while not (self.send_window or self.send_closed):
             if self._window.is_set():
                 self._window = trio.Event()
-            await self._window.wait()
+            with trio.move_on_at(began + patience) as stall:
+                await self._window.wait()
+            if stall.cancelled_caught:
+                await self.reset()
+                raise MuxedStreamError(f"the other side took too little for {FRAME_STALL:g} s")
+        if self.send_closed:
+            raise self._broken()
+        return trio.current_time() - began
 
     def _broken(self) -> MuxedStreamError:
         if self.reset_received:

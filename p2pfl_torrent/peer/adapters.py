@@ -41,11 +41,11 @@ class StreamPort:
             await self._stream.write(data, math.inf if timeout is None else timeout)
 
     async def read_frame(
-        self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
+        self, head_bytes: int, body_bytes: Callable[[bytearray], int]
     ) -> tuple[bytearray, memoryview]:
         """The next frame, as head and body; once called, only frames can be read."""
         with _as_edge_closed():
-            return await self._stream.read_frame(head_bytes, body_bytes, patience)
+            return await self._stream.read_frame(head_bytes, body_bytes)
 
     async def write_frame(
         self, head: bytes, body: bytes | bytearray | memoryview, timeout: float | None = None

@@ -16,8 +16,6 @@ from p2pfl_torrent.core.messages import (
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import FrameStream
 
-WRITE_PATIENCE = 180.0  # seconds for one frame: 2 MiB take 131 on a link that fell to 128 kbit/s
-BODY_PATIENCE = 180.0  # seconds from a frame's header to its end, likewise
 JOINED_BYTES = 16 << 10  # in one write; above, joining costs more than a frame
 
 __all__ = ["PROTOCOL_ID", "ChunkChannel"]
@@ -38,7 +36,7 @@ class ChunkChannel:
     async def send(self, message: Message) -> int:
         """Send one message; bytes it took. The payload of a piece is written as it is."""
         head, payload = encode_message(message)
-        await self._stream.write_frame(head, payload, WRITE_PATIENCE)
+        await self._stream.write_frame(head, payload)
         return len(head) + len(payload)
 
     async def send_together(self, messages: Sequence[Message]) -> list[int]:
@@ -49,23 +47,21 @@ class ChunkChannel:
             head, payload = encode_message(message)
             sizes.append(len(head) + len(payload))
             if joined and len(joined) + sizes[-1] > JOINED_BYTES:
-                await self._stream.write(bytes(joined), WRITE_PATIENCE)
+                await self._stream.write(bytes(joined))
                 joined.clear()
             if sizes[-1] > JOINED_BYTES:
-                await self._stream.write_frame(head, payload, WRITE_PATIENCE)
+                await self._stream.write_frame(head, payload)
             else:
                 joined += head
                 joined += payload
         if joined:
-            await self._stream.write(bytes(joined), WRITE_PATIENCE)
+            await self._stream.write(bytes(joined))
         return sizes
 
     async def receive(self) -> tuple[Message, int]:
         """The next message and the bytes it took; waits as long as nothing comes."""
         try:
-            head, body = await self._stream.read_frame(
-                FRAME_HEADER.size, self._body_bytes, BODY_PATIENCE
-            )
+            head, body = await self._stream.read_frame(FRAME_HEADER.size, self._body_bytes)
             kind, size = frame_body_bytes(head, self._max_control)
             return decode_body(kind, body), FRAME_HEADER.size + size
         except RemoteProtocolError as error:

@@ -13,9 +13,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.exchange.spares import Spares
 from p2pfl_torrent.overlay.inbox import FRAME_OVERHEAD, Inbox
+from p2pfl_torrent.overlay.limits import FRAME_PROGRESS, FRAME_STALL
 
-HEAD = 2
-PATIENCE = 10.0
+MAX_BODY = 2 << 20
+
+HEAD = 3
 
 
 class Ended(Exception):
@@ -55,7 +57,7 @@ class Box:
 
 def body_bytes(head: bytearray) -> int:
     size = int.from_bytes(head, "big")
-    if size > 50_000:
+    if size > MAX_BODY:
         raise RemoteProtocolError("too long")
     return size
 
@@ -64,8 +66,8 @@ def frame(body: bytes) -> bytes:
     return len(body).to_bytes(HEAD, "big") + body
 
 
-async def next_frame(box: Box, patience: float = PATIENCE) -> bytes:
-    head, body = await box.inbox.frame(HEAD, body_bytes, patience)
+async def next_frame(box: Box) -> bytes:
+    head, body = await box.inbox.frame(HEAD, body_bytes)
     assert body_bytes(head) == len(body)
     return bytes(body)
 
@@ -98,7 +100,7 @@ async def test_a_read_that_was_cancelled_may_be_followed_by_frames() -> None:
     box.put(frame(b"second")[4:])
     assert await next_frame(box) == b"first"
     assert await next_frame(box) == b"second"
-    assert (box.credit, box.held) == (15, 0)
+    assert (box.credit, box.held) == (11 + 2 * HEAD, 0)
 
 
 @given(
@@ -136,11 +138,11 @@ async def test_credit_waits_for_who_takes_the_frames() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(next_frame, box)
         await wait_all_tasks_blocked()
-        box.put(frame(b"a" * 98))
+        box.put(frame(b"a" * (100 - HEAD)))
         for _ in range(10):
-            box.put(frame(b"b" * 98))
+            box.put(frame(b"b" * (100 - HEAD)))
     assert box.credit == 200  # the one taken, and the one behind it that is now waited for
-    assert box.held == 10 * (98 + FRAME_OVERHEAD)
+    assert box.held == 10 * (100 - HEAD + FRAME_OVERHEAD)
     for _ in range(10):
         await next_frame(box)
     assert (box.credit, box.held) == (1100, 0)
@@ -176,7 +178,7 @@ async def test_a_head_that_will_not_do_ends_the_reading() -> None:
 
         nursery.start_soon(refuse)
         await wait_all_tasks_blocked()
-        box.put(b"\xff\xff" + bytes(1000))
+        box.put(b"\xff\xff\xff" + bytes(1000))
     box.put(bytes(1000))
     assert box.held == 0
 
@@ -202,12 +204,51 @@ async def test_a_body_that_stops_is_told_and_the_wait_for_a_head_is_not_limited(
         async def late() -> None:
             with pytest.raises(trio.TooSlowError):
                 await next_frame(box)
-            assert trio.current_time() == began + 1000 + PATIENCE
+            assert trio.current_time() == began + 1000 + FRAME_STALL
 
         began = trio.current_time()
         nursery.start_soon(late)
         await trio.sleep(1000)
         box.put(frame(b"stops")[:4])
+
+
+async def test_a_body_on_a_slow_link_comes_however_long_it_takes(autojump_clock: MockClock) -> None:
+    """2 MiB at 64 kbit/s."""
+    box = Box()
+    body = os.urandom(MAX_BODY)
+    rest = memoryview(frame(body))
+    async with trio.open_nursery() as nursery:
+
+        async def take() -> None:
+            assert await next_frame(box) == body
+            assert 250 < trio.current_time() - began < 270
+
+        began = trio.current_time()
+        nursery.start_soon(take)
+        while rest:
+            await trio.sleep(1)
+            box.put(bytes(rest[:8000]))
+            rest = rest[8000:]
+
+
+async def test_a_body_that_dribbles_is_not_waited_for(autojump_clock: MockClock) -> None:
+    """It begins well, then a byte comes now and then."""
+    box = Box()
+    async with trio.open_nursery() as nursery:
+
+        async def take() -> None:
+            with pytest.raises(trio.TooSlowError):
+                await next_frame(box)
+            assert trio.current_time() - began == 2 * FRAME_STALL
+            nursery.cancel_scope.cancel()
+
+        began = trio.current_time()
+        nursery.start_soon(take)
+        await wait_all_tasks_blocked()
+        box.put(frame(bytes(MAX_BODY))[: HEAD + FRAME_PROGRESS])
+        while True:
+            await trio.sleep(0.7)
+            box.put(b"x")
 
 
 async def test_a_consumer_that_was_away_does_not_blame_the_sender(
@@ -219,11 +260,11 @@ async def test_a_consumer_that_was_away_does_not_blame_the_sender(
         nursery.start_soon(next_frame, box)
         await wait_all_tasks_blocked()
         box.put(frame(b"taken") + frame(b"lies here") + frame(b"begun")[:4])
-    await trio.sleep(10 * PATIENCE)
+    await trio.sleep(10 * FRAME_STALL)
     assert await next_frame(box) == b"lies here"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(next_frame, box)
-        await trio.sleep(PATIENCE / 2)
+        await trio.sleep(FRAME_STALL / 2)
         box.put(frame(b"begun")[4:])
 
 

@@ -259,10 +259,10 @@ async def test_a_peer_that_takes_nothing_is_given_up(
 ) -> None:
     async with sessions() as (near, _far):
         began = trio.current_time()
-        with pytest.raises(SessionBroken, match="took too little for 30 s"):
+        with pytest.raises(SessionBroken, match="took too little for 60 s"):
             while True:
                 await near.write(bytes(1 << 20))
-        assert 30 <= trio.current_time() - began < 120
+        assert 60 <= trio.current_time() - began < 240
         assert await is_of_no_use(near)
 
 

@@ -20,6 +20,8 @@ from libp2p.stream_muxer.exceptions import (
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from p2pfl_torrent.overlay.limits import (
+    FRAME_PROGRESS,
+    FRAME_STALL,
     IDLE_BURST,
     IDLE_RATE,
     INITIAL_WINDOW,
@@ -320,7 +322,7 @@ async def test_memory_set_aside_for_messages_counts() -> None:
         for number in range(2, 82, 2):
             feed(conn, header(WINDOW_UPDATE, SYN, number))
             inbox = conn.streams[number].inbox
-            nursery.start_soon(inbox.frame, 1, lambda head: 1 << 20, PATIENCE)
+            nursery.start_soon(inbox.frame, 1, lambda head: 1 << 20)
         await wait_all_tasks_blocked()
         with pytest.raises(SessionBroken, match="may lie unread"):
             for number in range(2, 82, 2):
@@ -364,7 +366,7 @@ async def test_an_honest_peer_may_ask_a_lot_while_our_line_is_busy() -> None:
         await conn.open_stream()
     for number in range(2, 514, 2):
         feed(conn, header(WINDOW_UPDATE, SYN, number), header(WINDOW_UPDATE, FIN, number))
-    feed(conn, *[header(PING, SYN, 0, second) for second in range(30)])
+    feed(conn, *[header(PING, SYN, 0, second) for second in range(int(FRAME_STALL))])
     for stream in list(conn.streams.values()):
         await stream.close()
     assert len(said(conn)) < MAX_ANSWERS
@@ -619,3 +621,46 @@ async def test_a_flood_of_tiny_frames_over_the_wire_is_cut_off() -> None:
             except trio.BrokenResourceError:
                 pass
         assert conn.is_closed
+
+
+def grant(stream: YamuxStream, count: int) -> None:
+    """Credit for bytes that nobody took."""
+    stream.recv_window += count
+    stream.conn.outbox.grant(stream.stream_id, count)
+
+
+@pytest.mark.parametrize("credit", [0, 1])
+async def test_who_gives_no_credit_is_not_waited_for(
+    credit: int, autojump_clock: MockClock
+) -> None:
+    """Nothing at all, or a byte now and then."""
+    async with conns() as (near, far), trio.open_nursery() as nursery:
+        stream = await near.open_stream()
+        answering = await far.accept_stream()
+
+        async def dribble() -> None:
+            while True:
+                await trio.sleep(0.7)
+                grant(answering, credit)
+
+        nursery.start_soon(dribble)
+        began = trio.current_time()
+        with pytest.raises(MuxedStreamError, match="took too little for 60 s"):
+            await stream.write(bytes(2 * INITIAL_WINDOW))
+        assert FRAME_STALL <= trio.current_time() - began < FRAME_STALL + 1
+        assert near.is_established
+        nursery.cancel_scope.cancel()
+
+
+async def test_slow_credit_is_waited_for(autojump_clock: MockClock) -> None:
+    async with conns() as (near, far), trio.open_nursery() as nursery:
+        stream = await near.open_stream()
+        answering = await far.accept_stream()
+
+        async def take_slowly() -> None:
+            for _ in range(4):
+                await trio.sleep(FRAME_STALL - 1)
+                grant(answering, FRAME_PROGRESS)
+
+        nursery.start_soon(take_slowly)
+        await stream.write(bytes(INITIAL_WINDOW + 4 * FRAME_PROGRESS))

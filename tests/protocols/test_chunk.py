@@ -45,7 +45,7 @@ class Loop:
         return taken
 
     async def read_frame(
-        self, head_bytes: int, body_bytes: Callable[[bytearray], int], patience: float
+        self, head_bytes: int, body_bytes: Callable[[bytearray], int]
     ) -> tuple[bytearray, memoryview]:
         head = await self.read_exactly(head_bytes)
         return head, memoryview(await self.read_exactly(body_bytes(head)))
