@@ -341,10 +341,13 @@ class Exchange:
             edge.up.add(message, size, now)
 
     async def _ping(self, edge: Edge, lane: Lane, pings: dict[int, float]) -> None:
-        number = 0
+        number = begun = 0
         while True:
             await trio.sleep(PING_INTERVAL)
             now = trio.current_time()
+            if lane.channel.begun != begun:  # a large message, slowly
+                begun = lane.channel.begun
+                self._heard(edge, now)
             # One unanswered ping says as much as many; bytes of any kind are a sign of life too.
             if not pings and (now - edge.heard_at >= PING_INTERVAL or edge.round_trip is None):
                 number = (number + 1) & 0xFFFFFFFF
@@ -470,8 +473,11 @@ class Exchange:
 
     def _note(self, edge: Edge, message: Message, size: int) -> None:
         now = trio.current_time()
-        edge.heard_at = now
         edge.down.add(message, size, now)
+        self._heard(edge, now)
+
+    def _heard(self, edge: Edge, now: float) -> None:
+        edge.heard_at = now
         self._around.heard(edge.peer)
 
     def blame(self, error: RemoteProtocolError) -> None:

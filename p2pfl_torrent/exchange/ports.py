@@ -46,6 +46,11 @@ class ByteStream(Protocol):
 class FrameStream(ByteStream, Protocol):
     """A stream whose messages have a head of fixed size that says how much follows."""
 
+    @property
+    def begun(self) -> int:
+        """Bytes that are here of the frame that is coming."""
+        ...
+
     async def read_frame(
         self, head_bytes: int, body_bytes: Callable[[bytearray], int]
     ) -> tuple[bytearray, memoryview]:
@@ -76,6 +81,11 @@ class Channel(Protocol):
     @property
     def remote(self) -> PeerId:
         """The authenticated peer at the other end."""
+        ...
+
+    @property
+    def begun(self) -> int:
+        """Bytes that are here of the message that is coming: where it changes, some came."""
         ...
 
     async def send(self, message: Message) -> int:

@@ -220,6 +220,11 @@ class Inbox:
         return whole
 
     @property
+    def begun(self) -> int:
+        """Bytes that are here of the frame that is coming."""
+        return self._got
+
+    @property
     def partial(self) -> bool:
         """Whether bytes are here that were not taken."""
         return bool(self._pending or self._frames or self._head is not None or self._got)

@@ -112,6 +112,11 @@ class Stream:
                     f"{self.remote} sent too little of a message for {FRAME_STALL:g} s"
                 ) from None
 
+    @property
+    def begun(self) -> int:
+        """Bytes that are here of the frame that is coming; for who reads frames."""
+        return self._muxed.inbox.begun
+
     @contextmanager
     def _ends(self) -> Iterator[None]:
         try:

@@ -40,6 +40,11 @@ class StreamPort:
         with _as_edge_closed():
             await self._stream.write(data, math.inf if timeout is None else timeout)
 
+    @property
+    def begun(self) -> int:
+        """Bytes that are here of the frame that is coming."""
+        return self._stream.begun
+
     async def read_frame(
         self, head_bytes: int, body_bytes: Callable[[bytearray], int]
     ) -> tuple[bytearray, memoryview]:

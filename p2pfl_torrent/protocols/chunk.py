@@ -33,6 +33,11 @@ class ChunkChannel:
         """The authenticated peer at the other end."""
         return self._stream.remote
 
+    @property
+    def begun(self) -> int:
+        """Bytes that are here of the message that is coming."""
+        return self._stream.begun
+
     async def send(self, message: Message) -> int:
         """Send one message; bytes it took. The payload of a piece is written as it is."""
         head, payload = encode_message(message)

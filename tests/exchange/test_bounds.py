@@ -59,6 +59,8 @@ class FakeChannel:
         taken: messages that the exchange has read.
     """
 
+    begun = 0
+
     def __init__(self, remote: str, says: Callable[[], Message | None], *, reads: bool) -> None:
         self.remote = PeerId(remote)
         self.taken = 0

@@ -231,6 +231,16 @@ async def test_a_body_on_a_slow_link_comes_however_long_it_takes(autojump_clock:
             rest = rest[8000:]
 
 
+async def test_what_is_here_of_a_frame_is_told() -> None:
+    box = Box()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(next_frame, box)
+        await wait_all_tasks_blocked()
+        box.put(frame(bytes(1000))[: HEAD + 300])
+        assert box.inbox.begun == 300
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_body_that_dribbles_is_not_waited_for(autojump_clock: MockClock) -> None:
     """It begins well, then a byte comes now and then."""
     box = Box()

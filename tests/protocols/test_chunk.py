@@ -21,6 +21,7 @@ class Loop:
     """
 
     remote = PeerId("me")
+    begun = 0
 
     def __init__(self) -> None:
         self.writes: list[int] = []
