@@ -14,7 +14,8 @@ from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 
-MAX_OFFERS = 1024  # unknown updates offered by one peer: members x rounds kept, with room
+MAX_OFFERS = 4096  # unknown updates offered by one peer: 1024 members x 4 rounds. A Have names
+# chunks once: of what is dropped here the peer's chunks stay unknown until its stream opens anew
 MAX_ASKED = 16  # manifests asked of one peer at once; each may be a megabyte
 MANIFEST_PATIENCE = 10.0  # seconds for 3 KB at 128 kbit/s behind a second of data, many times over
 
@@ -85,7 +86,7 @@ class Wanted:
         offer = entry.offers.get(peer) if entry is not None else None
         if offer is None:
             if self._offered[peer] >= MAX_OFFERS:
-                return  # it will be announced again
+                return
             self._offered[peer] += 1
             entry = self._entries.setdefault(update, _Entry(round))
             offer = entry.offers[peer] = Offer(Bitfield(self._num_chunks))

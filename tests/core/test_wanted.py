@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from p2pfl_torrent.core.census import MAX_MEMBERS
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.wanted import MANIFEST_PATIENCE, MAX_ASKED, MAX_OFFERS, Wanted
@@ -99,6 +100,20 @@ def test_each_peers_offers_are_bounded_and_come_back_when_resolved() -> None:
     wanted.found(numbered(0))
     wanted.offer(A, V, 1, [0], 0)
     assert len(wanted) == MAX_OFFERS + 1
+
+
+def test_a_newcomer_gets_all_that_the_largest_swarm_offers() -> None:
+    """By its only neighbour: of the round, the one before, as late as they may be, and the next."""
+    wanted = Wanted(8)
+    rounds = 4  # max_staleness is 2 unless set
+    for number in range(MAX_MEMBERS * rounds):
+        wanted.offer(A, numbered(number), 1 + number // MAX_MEMBERS, [0, 5], 0)
+    got = 0
+    while asked := wanted.ask(0.0, rounds):
+        for peer, update in asked:
+            assert list(wanted.found(update)[peer].chunks) == [0, 5]
+            got += 1
+    assert got == MAX_MEMBERS * rounds
 
 
 def test_one_peer_is_asked_for_a_few_at_a_time() -> None:
