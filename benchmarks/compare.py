@@ -3,7 +3,8 @@
     python -m benchmarks compare --peers 10 --megabytes 23.5 --topology full --json -
 
 Each repeat starts every system anew, one after the other, and measures it once; a ratio is the
-median of the repeats' ratios. What lies within the clock differs, so we are compared with:
+median of the repeats' ratios. Before each lap as much memory as it writes is used and freed. What
+lies within the clock differs, so we are compared with:
 
 - libtorrent: with dialling on both sides. Our clock contains the hashing and storing of the own
   update too, which libtorrent has done before (``seconds``);
