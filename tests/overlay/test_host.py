@@ -18,6 +18,7 @@ from p2pfl_torrent.overlay.limits import HostLimits
 from p2pfl_torrent.overlay.stream import EndOfStream, Stream, StreamBroken
 from tests.overlay.hosts import ECHO, LOOPBACK, PATIENCE, a_host, a_pair, ask_echo, echo, until
 
+IDENTIFY = "/ipfs/id/1.0.0"
 GENEROUS = HostLimits(accepts_per_second=1e6, accept_burst=10**6)
 
 
@@ -418,6 +419,27 @@ async def test_a_peer_with_too_many_connections_loses_its_oldest() -> None:
             await until(lambda: len(host.swarm.get_connections()) == 2)
 
 
+async def test_identify_is_answered_and_not_asked_for() -> None:
+    async with a_host() as host, a_host() as visitor:
+        asked: list[str] = []
+
+        async def identify(stream: Stream) -> None:
+            asked.append(stream.remote)
+
+        host.set_handler(ECHO, echo)
+        await visitor.connect(host.peer_id, host.addrs(), PATIENCE)
+        answer = await visitor.open_stream(host.peer_id, IDENTIFY, PATIENCE)
+        assert await answer.read_exactly(10, PATIENCE)
+        host.set_handler(IDENTIFY, identify)
+        visitor.set_handler(IDENTIFY, identify)
+        await visitor.disconnect(host.peer_id)
+        await until(lambda: not host.connected())
+        await visitor.connect(host.peer_id, host.addrs(), PATIENCE)
+        for _ in range(5):  # an answer on the connection comes after what was asked on it before
+            await ask_echo(visitor, host.peer_id, b"x")
+        assert asked == []
+
+
 async def test_streams_above_the_limit_are_reset_and_room_is_made_again() -> None:
     limits = HostLimits(streams_per_peer=4, stream_burst=10**6, stream_opens_per_second=1e6)
     async with a_host(limits) as host, a_host() as visitor:
@@ -426,9 +448,9 @@ async def test_streams_above_the_limit_are_reset_and_room_is_made_again() -> Non
         await until(lambda: host.connected() == {visitor.peer_id})
         held: list[Stream] = []
         with pytest.raises(StreamBroken, match="broke off the stream"):
-            for _ in range(5):  # depends on identify, which may hold one for a moment
+            for _ in range(5):
                 held.append(await visitor.open_stream(host.peer_id, ECHO, PATIENCE))
-        assert len(held) >= 3
+        assert len(held) == 4
         for stream in held:
             await stream.reset()
 
@@ -449,5 +471,5 @@ async def test_streams_opened_too_fast_are_reset() -> None:
         host.set_handler(ECHO, echo)
         await visitor.connect(host.peer_id, host.addrs(), PATIENCE)
         with pytest.raises(StreamBroken, match="broke off the stream"):
-            for _ in range(6):  # depends on identify
+            for _ in range(6):
                 await ask_echo(visitor, host.peer_id, b"x")
