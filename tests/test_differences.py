@@ -36,6 +36,7 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
         ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
         ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),
         ({"chunk__num_chunks": 1}, "chunk.num_chunks or chunk.block_size is another one there"),
+        ({"chunk__compression": "int8"}, "chunk.compression is none here and int8 there"),
         (
             {"swarm__seed": 7, "federate__max_staleness": 0},
             "federate.max_staleness is 2 here and 0 there; swarm.seed is 0 here and 7 there",

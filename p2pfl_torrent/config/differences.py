@@ -18,6 +18,7 @@ _KEYS = {
     "seed": "swarm.seed",
     "mode": "federate.mode",
     "aggregator": "federate.aggregator",
+    "compression": "chunk.compression",
     "rounds.total": "federate.total_round_num",
     "rounds.exchange_timeout": "bittorrent.timeout",
     "rounds.min_completion_ratio": "bittorrent.min_completion_ratio",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,7 @@ from p2pfl_torrent.config.schema import (
     walk,
 )
 from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
+from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.genesis import RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.tensors import ModelSpec
@@ -161,9 +162,13 @@ class PeerConfig:
         )
 
     def plan_layout(self, spec: ModelSpec) -> Layout:
-        """Cut a model as ``chunk`` says, a tiny one into fewer chunks."""
+        """Cut a model as ``chunk`` says, a tiny one into fewer chunks, compressed as it says."""
         num_chunks = max(1, min(self.chunk.num_chunks, spec.nbytes // MIN_CHUNK_BYTES))
-        return plan(spec, num_chunks=num_chunks, block_size=self.chunk.block_size)
+        plain = plan(spec, num_chunks=num_chunks, block_size=self.chunk.block_size)
+        layout = replace(plain, compression=Compression(self.chunk.compression))
+        for chunk in layout.chunks:
+            layout.file_bounds(chunk.index)  # a name that is taken is told before anything starts
+        return layout
 
     def terms(self, spec: ModelSpec, layout: Layout) -> Terms:
         """What all peers of the swarm must agree on."""
@@ -189,6 +194,7 @@ class PeerConfig:
                 fill_max_age=self.bittorrent.fill_max_age,
                 max_num_samples=federate.max_num_samples,
             ),
+            compression=layout.compression.name,
         )
 
     def new_run_id(self) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
+from p2pfl_torrent.core.compression import Codec
+
 GENESIS, LOCAL = "genesis", "local"
 
 ImportanceMethod = Literal["change", "l2_norm", "random"]
@@ -339,6 +341,13 @@ class ChunkSection:
     )
     exclude: list[str] = key(
         [], GENESIS, "globs of tensors that stay home", "private heads", most=1024
+    )
+    compression: Codec = key(
+        "none",
+        GENESIS,
+        "how chunk files are made smaller: `fp16`, `bf16` halve float32, `int8` with a scale per "
+        "row quarters it; integers go as they are",
+        "exact; docs/how-to/compression.md says when to use which",
     )
     norm_policy: Literal["average", "local", "recalibrate"] = key(
         "average", GENESIS, "what becomes of normalisation layers", "FedAvg; local is FedBN"

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from p2pfl_torrent.core.chunking import ChunkLayout, Layout, TensorSlice, decode_chunk, slice_of
+from p2pfl_torrent.core.chunking import ChunkLayout, Layout, TensorSlice, slice_of
+from p2pfl_torrent.core.encoding import decode_file
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -142,7 +143,7 @@ def _decoded(
     versions = []
     for owner, update, weight in listed:
         try:
-            arrays = decode_chunk(layout, chunk, read(update, chunk))
+            arrays = decode_file(layout, chunk, read(update, chunk))
             _refuse_untruths(layout, chunk, arrays)
         except RemoteProtocolError as error:
             refused.append(RefusedChunk(owner, chunk, error.reason))

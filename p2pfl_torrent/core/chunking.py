@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from p2pfl_torrent.core.compression import PLAIN, Compression, Field, SliceForm, slice_form
 from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec, array_bytes
 
@@ -58,12 +59,35 @@ class ChunkLayout:
 
 
 @dataclass(frozen=True)
+class ChunkForm:
+    """What a chunk's compressed file looks like, whatever the values.
+
+    Attributes:
+        head: the file's bytes before its values.
+        slices: the form of each slice, in exchange order.
+        fields: (place of a slice, field of its form, its offset in the file), in file order.
+        size: bytes of the file.
+    """
+
+    head: bytes
+    slices: tuple[SliceForm, ...]
+    fields: tuple[tuple[int, Field, int], ...]
+    size: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """A model cut into chunks; every row of every tensor is in exactly one of them."""
+    """A model cut into chunks; every row of every tensor is in exactly one of them.
+
+    Attributes:
+        compression: how the chunks' files are written; ``head`` and the functions of this module
+            are about plain ones, ``core.encoding`` is about all.
+    """
 
     spec: ModelSpec
     chunks: tuple[ChunkLayout, ...]
     block_size: int
+    compression: Compression = PLAIN
 
     @cached_property
     def digest(self) -> str:
@@ -94,18 +118,57 @@ class Layout:
     def _make_head(self, index: int) -> tuple[bytes, tuple[TensorSlice, ...]]:
         tensors = self.spec.tensors
         named = {self.slice_name(part): part for part in self.chunks[index].slices}
-        order = sorted(named, key=lambda name: (-tensors[named[name].tensor].itemsize, name))
-        entries: dict[str, dict[str, object]] = {}
-        offset = 0
-        for name in order:
-            tensor, shape = tensors[named[name].tensor], self.slice_shape(named[name])
-            stop = offset + math.prod(shape) * tensor.itemsize
-            entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [offset, stop]}
-            offset = stop
-        encoded = msgspec.json.encode(entries)
-        encoded += b" " * (-len(encoded) % 8)
-        head = len(encoded).to_bytes(8, "little") + encoded
+        head, order = file_head(
+            {
+                name: (tensors[part.tensor].dtype, self.slice_shape(part))
+                for name, part in named.items()
+            }
+        )
         return head, tuple(named[name] for name in order)
+
+    def form(self, index: int) -> ChunkForm:
+        """The form of a chunk's file where ``compression`` is not plain.
+
+        Raises:
+            ConfigError: a tensor bears the name that a field of another one has.
+        """
+        if index not in self._forms:
+            self._forms[index] = self._make_form(index)
+        return self._forms[index]
+
+    @cached_property
+    def _forms(self) -> dict[int, ChunkForm]:
+        return {}
+
+    def _make_form(self, index: int) -> ChunkForm:
+        forms: list[SliceForm] = []
+        named: dict[str, tuple[int, Field]] = {}
+        for place, part in enumerate(self.chunks[index].slices):
+            dtype = self.spec.tensors[part.tensor].dtype
+            forms.append(slice_form(self.compression, dtype, self.slice_shape(part)))
+            for field in forms[-1].fields:
+                name = self.slice_name(part) + field.suffix
+                if name in named:
+                    raise ConfigError(
+                        f"Tensor {name!r} has the name of what chunk.compression adds to another: "
+                        "rename it."
+                    )
+                named[name] = place, field
+        head, order = file_head({name: field[1:] for name, (_, field) in named.items()})
+        offset = len(head)
+        fields: list[tuple[int, Field, int]] = []
+        for name in order:
+            place, field = named[name]
+            fields.append((place, field, offset))
+            offset += field.nbytes
+        return ChunkForm(head, tuple(forms), tuple(fields), offset)
+
+    def file_bounds(self, index: int) -> tuple[int, int]:
+        """Least and most bytes of a chunk's file."""
+        if not self.compression.is_plain:
+            return self.form(index).size, self.form(index).size
+        chunk = self.chunks[index]
+        return chunk.payload_bytes + 1, chunk.max_file_bytes
 
     def slice_name(self, part: TensorSlice) -> str:
         """A slice's name inside its safetensors file: ``fc.weight`` or ``fc.weight[0:64]``."""
@@ -176,6 +239,25 @@ def _pieces(spec: ModelSpec, target: int) -> Iterator[tuple[TensorSlice, int]]:
         for part in range(parts):
             start, stop = rows * part // parts, rows * (part + 1) // parts
             yield TensorSlice(index, start, stop), row_bytes * (stop - start)
+
+
+def file_head(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, list[str]]:
+    """A safetensors file's bytes before its values, and the names in the order of their values.
+
+    Args:
+        tensors: name -> dtype and shape.
+    """
+    order = sorted(tensors, key=lambda name: (-NUMPY_DTYPES[tensors[name][0]].itemsize, name))
+    entries: dict[str, dict[str, object]] = {}
+    offset = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        stop = offset + math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+    encoded = msgspec.json.encode(entries)
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded, order
 
 
 def slice_of(array: Array, part: TensorSlice) -> Array:

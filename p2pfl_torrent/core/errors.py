@@ -11,6 +11,10 @@ class ConfigError(P2PFLError):
     """A configuration key, file or argument is wrong; the text names it."""
 
 
+class CompressionError(P2PFLError):
+    """The swarm's compression cannot carry these values; the text names the tensor and the key."""
+
+
 class GenesisMismatchError(P2PFLError):
     """Another peer belongs to a swarm with other terms; the text names the differing keys."""
 

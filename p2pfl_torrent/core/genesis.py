@@ -71,7 +71,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_samples: Count
 
 
-class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What each peer brings and all must share.
 
     Attributes:
@@ -81,6 +81,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seed: of everything that all peers must draw alike (the overlay).
         model: the model spec's fingerprint, in a text of the peers' own making.
         layout: digest of the chunk layout.
+        compression: ``Compression.name`` of the chunk files; not encoded where it is ``none``.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -91,6 +92,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str
     topology: TopologyTerms
     rounds: RoundTerms
+    compression: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "none"
 
 
 class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,8 +167,13 @@ def difference(ours: Terms, theirs: Terms) -> str:
         elif a != b:
             lines.append(f"{path} is {_short(a)} here and {_short(b)} there")
 
-    compare("", msgspec.to_builtins(ours), msgspec.to_builtins(theirs))
+    compare("", _whole(ours), _whole(theirs))
     return "; ".join(lines)
+
+
+def _whole(terms: Terms) -> dict[str, Any]:
+    """With what is not encoded, being the default."""
+    return {**msgspec.to_builtins(terms), "compression": terms.compression}
 
 
 def _short(value: object) -> str:

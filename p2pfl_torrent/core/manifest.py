@@ -8,7 +8,7 @@ docs/specs/manifest.md is the wire form.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, NewType, TypeVar
@@ -23,6 +23,7 @@ VERSION = 1
 HASH_BYTES = 32
 MAX_ROUND = (1 << 32) - 1
 MAX_HEADER_BYTES = 512  # today's is about 220
+MAX_COMPRESSION = 64  # the longest name has some 30 characters
 MAX_SIGNATURE_BYTES = 512  # Ed25519: 64; an RSA-4096 key would need 512
 SIGNING_CONTEXT = b"p2pfl-torrent manifest v1\x00"
 
@@ -43,6 +44,7 @@ class ManifestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
         num_samples: training samples behind the update, its weight in the average.
         payload_bytes: bytes of all chunk files.
         table_hash: SHA-256 of the encoded chunk table.
+        compression: ``Compression.name`` of the chunk files; not encoded where it is ``none``.
     """
 
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -53,6 +55,12 @@ class ManifestHeader(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
     num_samples: Annotated[int, msgspec.Meta(ge=1, le=(1 << 53))]
     payload_bytes: Annotated[int, msgspec.Meta(ge=1)]
     table_hash: Hash
+    compression: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_COMPRESSION)] = "none"
+
+    def encode(self) -> bytes:
+        """The bytes that are signed."""
+        values = msgspec.structs.astuple(self)
+        return msgspec.msgpack.encode(values[:-1] if self.compression == "none" else values)
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -154,7 +162,7 @@ class Manifest:
 
 def max_wire_bytes(layout: Layout) -> int:
     """Bound on an encoded manifest of this layout: every chunk as large as it may be."""
-    blocks = sum(layout.blocks_of(chunk.max_file_bytes) for chunk in layout.chunks)
+    blocks = sum(layout.blocks_of(layout.file_bounds(chunk.index)[1]) for chunk in layout.chunks)
     slices = sum(len(chunk.slices) for chunk in layout.chunks)
     return 2048 + HASH_BYTES * blocks + 24 * slices + 32 * len(layout.chunks)
 
@@ -210,8 +218,9 @@ def make_manifest(
         num_samples=num_samples,
         payload_bytes=sum(sizes),
         table_hash=hashlib.sha256(table).digest(),
+        compression=layout.compression.name,
     )
-    raw = msgspec.msgpack.encode(header)
+    raw = header.encode()
     signed = SignedHeader(header, raw, sign(SIGNING_CONTEXT + raw))
     wire = msgspec.msgpack.encode(_Wire(raw, signed.signature, table))
     return Manifest(signed, entries, wire)
@@ -223,13 +232,18 @@ _header_decoder = msgspec.msgpack.Decoder(ManifestHeader)
 _table_decoder = msgspec.msgpack.Decoder(tuple[ChunkEntry, ...])
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[_T], data: bytes, what: str) -> _T:
+def _decode(
+    decoder: msgspec.msgpack.Decoder[_T],
+    data: bytes,
+    what: str,
+    encode: Callable[[_T], bytes] = msgspec.msgpack.encode,
+) -> _T:
     """What the bytes say, if they are the one canonical way to say it."""
     try:
         value = decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"malformed {what} ({error})") from error
-    if msgspec.msgpack.encode(value) != data:
+    if encode(value) != data:
         raise RemoteProtocolError(f"{what} is not in canonical form")
     return value
 
@@ -245,7 +259,7 @@ def decode_signed_header(
     """
     if len(raw) > MAX_HEADER_BYTES:
         raise RemoteProtocolError("manifest header too long")
-    header = _decode(_header_decoder, raw, "manifest header")
+    header = _decode(_header_decoder, raw, "manifest header", ManifestHeader.encode)
     if header.swarm != swarm:
         raise RemoteProtocolError("manifest of another swarm")
     if header.num_samples > max_num_samples:
@@ -272,6 +286,11 @@ def decode_manifest(
     )
     if hashlib.sha256(wire.table).digest() != signed.header.table_hash:
         raise RemoteProtocolError("chunk table is not the one its owner signed")
+    if signed.header.compression != layout.compression.name:
+        raise RemoteProtocolError(
+            f"chunks compressed by {signed.header.compression}, the swarm agreed on "
+            f"{layout.compression.name}"
+        )
     entries = _decode(_table_decoder, wire.table, "chunk table")
     _check_entries(entries, layout, signed.header.payload_bytes)
     return Manifest(signed, entries, data)
@@ -314,7 +333,8 @@ def _check_entries(entries: tuple[ChunkEntry, ...], layout: Layout, payload: int
     for entry, chunk in zip(entries, layout.chunks, strict=True):
         if entry.slices != chunk.slices:
             raise RemoteProtocolError(f"chunk {chunk.index} has other slices than agreed")
-        if not chunk.payload_bytes < entry.size <= chunk.max_file_bytes:
+        least, most = layout.file_bounds(chunk.index)
+        if not least <= entry.size <= most:
             raise RemoteProtocolError(f"chunk {chunk.index} claims {entry.size} bytes")
         if len(entry.blocks) != HASH_BYTES * layout.blocks_of(entry.size):
             raise RemoteProtocolError(f"chunk {chunk.index} has a wrong number of block hashes")

@@ -111,7 +111,7 @@ class Swarm:
         self.dead: frozenset[PeerId] = frozenset()
         self._members: set[PeerId] = {local}  # now or before: who goes leaves its updates behind
         self._swarm_id = genesis.swarm_id
-        self._largest_chunk = max(chunk.max_file_bytes for chunk in layout.chunks)
+        self._largest_chunk = max(layout.file_bounds(chunk.index)[1] for chunk in layout.chunks)
         self._policy = policy
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}

@@ -10,14 +10,9 @@ import trio
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
-from p2pfl_torrent.core.chunking import (
-    Layout,
-    TensorSlice,
-    decode_chunk,
-    encode_chunk_parts,
-    slice_of,
-)
-from p2pfl_torrent.core.errors import P2PFLError
+from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
+from p2pfl_torrent.core.encoding import decode_file, encode_file
+from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.manifest import Manifest, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
@@ -229,18 +224,29 @@ class Rounds:
         return known.manifest if known is not None and known.held.complete else None
 
     async def _publish(self, arrays: Arrays, num_samples: int) -> Manifest:
-        """Sign the update's manifest and store its chunks, from the arrays themselves: no copy."""
+        """Sign the update's manifest and store its chunks.
+
+        Plain chunks come from the arrays themselves. Compressed ones are encoded twice, for the
+        hashes and for the store: the manifest must be stored first, and the update's second form
+        is never in memory as a whole.
+        """
         layout, round = self._layout, self.round
+
+        def encoded(index: int) -> list[bytes | memoryview]:
+            return list(encode_file(layout, index, arrays))
 
         def describe() -> tuple[list[int], list[bytes]]:
             sizes, hashes = [], []
             for index in range(len(layout.chunks)):
-                parts = list(encode_chunk_parts(layout, index, arrays))
+                parts = encoded(index)
                 sizes.append(sum(map(len, parts)))
                 hashes.append(hash_blocks(parts, layout.block_size))
             return sizes, hashes
 
-        sizes, hashes = await trio.to_thread.run_sync(describe)
+        try:
+            sizes, hashes = await trio.to_thread.run_sync(describe)
+        except CompressionError as error:
+            raise UpdateError(f"{error} This update was not shared.") from error
         last = self._last_delivered()
         ranks = await trio.to_thread.run_sync(self._scorer.ranks, layout, arrays, last)
         manifest = make_manifest(
@@ -259,7 +265,7 @@ class Rounds:
         try:
             for index in range(len(layout.chunks)):
                 offset = 0
-                for part in encode_chunk_parts(layout, index, arrays):
+                for part in await trio.to_thread.run_sync(encoded, index):
                     for begin in range(0, len(part), WRITTEN_AT_A_TIME):
                         piece = part[begin : begin + WRITTEN_AT_A_TIME]
                         self._store.write(manifest.update, index, offset + begin, piece)
@@ -277,7 +283,7 @@ class Rounds:
         known = self._exchange.swarm.ledger.update_of(self._local, self.round - 1)
         if known is not None and known.held.complete:
             update = known.manifest.update
-            return lambda chunk: decode_chunk(layout, chunk, self._store.chunk(update, chunk))
+            return lambda chunk: decode_file(layout, chunk, self._store.chunk(update, chunk))
         start = self._checkpoints.load(self.round - 1)
         tensors = layout.spec.tensors
         return lambda chunk: [

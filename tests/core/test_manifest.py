@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pfl_torrent.core.chunking import Layout, encode_chunk, plan
+from p2pfl_torrent.core.compression import Compression
+from p2pfl_torrent.core.encoding import encode_file
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.manifest import (
     MAX_SIGNATURE_BYTES,
@@ -70,7 +72,7 @@ def decode(data: bytes, layout: Layout = LAYOUT, swarm: bytes = SWARM) -> Manife
 def signed_as_it_is(header: ManifestHeader, table: bytes) -> bytes:
     """A manifest whose owner signs whatever it says."""
     header = msgspec.structs.replace(header, table_hash=hashlib.sha256(table).digest())
-    raw = msgspec.msgpack.encode(header)
+    raw = header.encode()
     signed = SignedHeader(header, raw, OWNER.sign(SIGNING_CONTEXT + raw))
     return on_the_wire(signed, table)
 
@@ -273,3 +275,46 @@ def test_a_file_in_parts_has_the_hashes_of_the_whole(parts: list[bytes], block_s
     blocks = [data[at : at + block_size] for at in range(0, len(data), block_size)]
     hashes = b"".join(hashlib.sha256(block).digest() for block in blocks)
     assert hash_blocks(parts, block_size) == hashes == block_hashes(data, block_size)
+
+
+def test_a_manifest_says_how_its_chunks_are_compressed() -> None:
+    compressed = replace(LAYOUT, compression=Compression("bf16"))
+    arrays = finite_arrays(SPEC, 1)
+    files = [b"".join(encode_file(compressed, k, arrays)) for k in range(len(compressed.chunks))]
+    manifest = make_manifest(
+        layout=compressed,
+        swarm=SWARM,
+        round=3,
+        owner=PeerId(OWNER.peer_id),
+        base_hash=b"\x02" * 32,
+        num_samples=10,
+        sizes=[len(file) for file in files],
+        ranks=range(len(files)),
+        blocks=[block_hashes(file, compressed.block_size) for file in files],
+        sign=OWNER.sign,
+    )
+    assert manifest.header.compression == "bf16"
+    assert decode(manifest.encode(), compressed) == manifest
+    with pytest.raises(RemoteProtocolError, match="compressed by bf16, the swarm agreed on none"):
+        decode(manifest.encode())
+    with pytest.raises(RemoteProtocolError, match="compressed by none, the swarm agreed on bf16"):
+        decode(MANIFEST.encode(), compressed)
+    larger = [msgspec.structs.replace(entry, size=entry.size + 1) for entry in manifest.entries]
+    header = msgspec.structs.replace(
+        manifest.header, payload_bytes=manifest.header.payload_bytes + len(larger)
+    )
+    with pytest.raises(RemoteProtocolError, match="chunk 0 claims"):
+        decode(signed_as_it_is(header, msgspec.msgpack.encode(larger)), compressed)
+
+
+def test_none_is_not_written_out() -> None:
+    header = MANIFEST.header
+    raw = msgspec.msgpack.encode(msgspec.structs.astuple(header))
+    with pytest.raises(RemoteProtocolError, match="canonical"):
+        decode_signed_header(
+            raw,
+            OWNER.sign(SIGNING_CONTEXT + raw),
+            swarm=SWARM,
+            verify=verify,
+            max_num_samples=MAX_SAMPLES,
+        )

@@ -7,6 +7,7 @@ needs a new protocol id.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 from p2pfl_torrent.core import messages as m
 from p2pfl_torrent.core.aggregation import average_slice, discount
 from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, plan, slice_of
+from p2pfl_torrent.core.compression import Codec, Compression
+from p2pfl_torrent.core.encoding import decode_file, encode_file
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.genesis import decode_genesis, decode_terms, encode_terms
 from p2pfl_torrent.core.manifest import (
@@ -44,6 +47,7 @@ MANIFEST = vectors("manifest")
 EXCHANGE = vectors("chunk-exchange")
 AVERAGES = vectors("averages")
 GENESIS = vectors("genesis")
+COMPRESSION = vectors("compression")
 
 _MODEL = MANIFEST["model"]
 SPEC = ModelSpec(
@@ -139,6 +143,30 @@ def test_a_reader_reads_this_manifest() -> None:
 def test_a_reader_refuses_this_manifest(case: dict[str, str]) -> None:
     with pytest.raises(RemoteProtocolError):
         decode(bytes.fromhex(case["data"]))
+
+
+def compressed(codec: Codec) -> tuple[Layout, dict[str, Array]]:
+    spec = ModelSpec(
+        tuple(
+            TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in COMPRESSION["tensors"]
+        )
+    )
+    values: dict[str, Array] = {
+        tensor.name: np.frombuffer(
+            bytes.fromhex(COMPRESSION["values"][tensor.name]), NUMPY_DTYPES[tensor.dtype]
+        ).reshape(tensor.shape)
+        for tensor in spec.tensors
+    }
+    return replace(plan(spec, num_chunks=1, block_size=64), compression=Compression(codec)), values
+
+
+@pytest.mark.parametrize("case", COMPRESSION["files"], ids=lambda case: case["compression"])
+def test_a_compressed_chunk_is_this_file_and_has_these_bits(case: dict[str, Any]) -> None:
+    layout, values = compressed(case["compression"])
+    assert b"".join(encode_file(layout, 0, values)).hex() == case["file"]
+    decoded = decode_file(layout, 0, bytes.fromhex(case["file"]))
+    for part, array in zip(layout.chunks[0].slices, decoded, strict=True):
+        assert array.tobytes().hex() == case["decoded"][layout.spec.tensors[part.tensor].name]
 
 
 def shown(value: object) -> object:

@@ -1,0 +1,51 @@
+"""Real peers that exchange compressed chunks."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from p2pfl_torrent.core.compression import Codec
+from p2pfl_torrent.peer.rounds import UpdateError
+from tests.peer.swarms import Member, all_done, swarm
+
+CHUNKS: list[dict[str, Any]] = [{"compression": codec} for codec in get_args(Codec)]
+RATIO = {"none": 1.05, "fp16": 0.55, "bf16": 0.55, "int8": 0.31}
+"""Bytes received over those of the others' weights; chunks of 8 KiB have large headers."""
+
+
+@pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: str(chunk["compression"]))
+async def test_all_peers_end_each_round_with_the_same_bits(chunk: dict[str, Any]) -> None:
+    async with swarm(3, chunk=chunk) as members:
+        await all_done(members)
+    for round in (0, 1):
+        reports = [member.reports[round] for member in members]
+        assert {report.closed_by for report in reports} == {"complete"}
+        assert len({report.model_hash for report in reports}) == 1
+        assert {owner.status for report in reports for owner in report.owners} == {"complete"}
+        weights = 2 * 4 * sum(weight.numel() for weight in members[0].model.parameters())
+        assert max(r.bytes_payload for r in reports) < RATIO[chunk["compression"]] * weights
+    first = list(members[0].model.parameters())
+    for member in members[1:]:
+        for mine, others in zip(first, member.model.parameters(), strict=True):
+            assert torch.equal(mine, others)
+
+
+async def test_what_the_codec_cannot_hold_is_told_to_the_user_and_not_shared() -> None:
+    told: list[str] = []
+
+    async def spoil(member: Member, round: int) -> None:
+        weight = next(member.model.parameters())
+        whole = weight.detach().clone()
+        weight.data.fill_(1e30)
+        with pytest.raises(UpdateError) as error:
+            await member.peer.exchange(num_samples=1)
+        told.append(str(error.value))
+        weight.data.copy_(whole)
+
+    async with swarm(2, before_exchange=spoil, chunk={"compression": "fp16"}) as members:
+        await all_done(members)
+    assert "holds values too large for fp16" in told[0]
+    assert members[0].reports[-1].model_hash == members[1].reports[-1].model_hash
