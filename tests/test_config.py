@@ -203,6 +203,7 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "chunk.block_size": 4096, "chunk.importance_method": "random",
         "network.listen": ["/ip4/127.0.0.1/tcp/1"], "network.announce": ["/ip4/1.2.3.4/tcp/1"],
         "network.bootstrap": [f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}"], "security.allow": [PEER],
+        "chunk.compression": "int8",
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)
