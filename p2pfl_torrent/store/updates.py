@@ -29,6 +29,7 @@ from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.retention import forgettable
 from p2pfl_torrent.store.errors import StoreError
 from p2pfl_torrent.store.mapped import map_file, write_all
 
@@ -363,16 +364,8 @@ class Store:
 
     def prune(self, round: int) -> list[UpdateId]:
         """Forget updates too old to serve or to fill with, now that ``round`` begins."""
-        newest: defaultdict[tuple[PeerId, int], int] = defaultdict(int)
-        for update, manifest in self._manifests.items():
-            for chunk in self._complete[update]:
-                key = (manifest.owner, chunk)
-                newest[key] = max(newest[key], manifest.round)
-        forgotten = [
-            update
-            for update, manifest in self._manifests.items()
-            if manifest.round < round - self._keep_rounds and not self._fills(update, round, newest)
-        ]
+        held = ((manifest, self._complete[u]) for u, manifest in self._manifests.items())
+        forgotten = forgettable(held, round, self._keep_rounds, self._fill_max_age)
         self._drop_spare_files()  # a whole round had no use for them
         self._forget(forgotten, self._spare)
         return forgotten
@@ -409,15 +402,6 @@ class Store:
         self._spared += 1
         path.rename(spare)
         self._spare_files.append(spare)
-
-    def _fills(self, update: UpdateId, round: int, newest: dict[tuple[PeerId, int], int]) -> bool:
-        """Whether an old update still holds the last received version of one of its chunks."""
-        manifest = self._manifests[update]
-        if round - manifest.round > self._fill_max_age:
-            return False
-        return any(
-            newest[manifest.owner, chunk] == manifest.round for chunk in self._complete[update]
-        )
 
 
 def _lock(state_dir: Path) -> IO[bytes]:

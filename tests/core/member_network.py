@@ -6,7 +6,6 @@ reaches whom the sender's edges lead to; probes and comparisons dial anybody.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import random
@@ -24,22 +23,14 @@ from p2pfl_torrent.core.membership_effects import (
     RosterChanged,
     SyncWith,
 )
-from p2pfl_torrent.core.peers import PeerId, Sign
+from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import MemberChanged
 from p2pfl_torrent.core.topology import neighbours
+from p2pfl_torrent.simulation.world import sign_as, verify
 
 SWARM = bytes(range(32))
 PING = 1.0
 TRIP = 0.02  # seconds from one peer to another
-
-
-def sign_as(peer: str) -> Sign:
-    """A signature that only ``verify`` with that peer's name accepts; no key is needed in tests."""
-    return lambda message: hashlib.sha256(peer.encode() + message).digest()
-
-
-def verify(peer: PeerId, message: bytes, signature: bytes) -> bool:
-    return signature == hashlib.sha256(peer.encode() + message).digest()
 
 
 def star() -> TopologyTerms:

@@ -1,44 +1,27 @@
-"""Swarm machines on links of a simulated world with virtual time: no sockets, no clock, no disk.
-
-Every message goes through its wire form. Each edge carries two streams, as in a peer; a stream
-delivers in order, after a delay and, for pieces, at a rate. Gossip reaches everybody, or is lost.
-A world checks by itself that every request is answered exactly once.
-"""
+"""A simulated world for tests: names of one letter, updates of noise, pictures of what is held."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from p2pfl_torrent import simulation
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.aggregation import Source, aggregate
+from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.chunking import Layout, encode_chunk, plan
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
-from p2pfl_torrent.core.messages import (
-    FRAME_HEADER,
-    Message,
-    Piece,
-    Reject,
-    Request,
-    decode_body,
-    encode_message,
-    frame_body_bytes,
-)
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.reports import PeerEvent
-from p2pfl_torrent.core.serving import Upload
 from p2pfl_torrent.core.swarm import Swarm, SwarmPolicy
 from p2pfl_torrent.core.tensors import Array, ModelHasher, ModelSpec, TensorSpec
-from tests.core.member_network import sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as
 
 MODEL = ModelSpec((TensorSpec("a", "F32", (64, 8)), TensorSpec("b", "F32", (8,))))
 TERMS = RoundTerms(
@@ -54,29 +37,17 @@ TERMS = RoundTerms(
     fill_max_age=2,
     max_num_samples=10_000,
 )
-MIN_TICK = 0.005  # as the driver's
-MAX_CONTROL = 1 << 20
 
 Counts = tuple[tuple[PeerId, int, float, tuple[int, ...], tuple[tuple[int, UpdateId], ...]], ...]
 Event = TypeVar("Event")
 
 
 @dataclass
-class Node:
-    """One peer: its machine, its disk, and what it told its user."""
+class Node(simulation.Node):
+    """One peer, and all that its machine answered."""
 
-    name: PeerId
-    swarm: Swarm
-    blocks: dict[tuple[UpdateId, int], bytearray] = field(default_factory=dict)
-    events: list[PeerEvent] = field(default_factory=list)
     effects: list[ev.Effect] = field(default_factory=list)
-    closed: dict[int, ev.CloseRound] = field(default_factory=dict)
-    closed_at: dict[int, float] = field(default_factory=dict)
-    missed: list[int] = field(default_factory=list)
     updates: dict[int, UpdateId] = field(default_factory=dict)
-    killed: bool = False
-    tick_at: float = -1.0
-    corrupts: bool = False
 
     def counts(self, round: int) -> Counts:
         """What went into this peer's aggregate of a round, comparable with another peer's."""
@@ -94,20 +65,8 @@ class Node:
         return [effect for effect in self.effects if isinstance(effect, kind)]
 
 
-@dataclass
-class _Stream:
-    """One stream: ``fetcher`` opened it and asks, ``holder`` answers."""
-
-    fetcher: PeerId
-    holder: PeerId
-    open_requests: set[int] = field(default_factory=set)
-    last_question: float = 0.0
-    last_answer: float = 0.0
-    is_open: bool = True
-
-
-class World:
-    """Peers, links and the time."""
+class World(simulation.World):
+    """Peers with short names, on equal links."""
 
     def __init__(
         self,
@@ -124,19 +83,15 @@ class World:
         policy: SwarmPolicy | None = None,
         seed: int = 0,
     ) -> None:
-        self.now = 0.0
-        self.layout: Layout = plan(model, num_chunks=chunks, block_size=block_size)
-        self.genesis = _genesis(terms, self.layout)
-        self.latency = latency
-        self.rate = rate
-        self.gossip = gossip
-        self.rng = random.Random(seed)
-        self.nodes: dict[PeerId, Node] = {}
-        self._policy = policy if policy is not None else SwarmPolicy()
-        self._streams: dict[tuple[PeerId, PeerId], _Stream] = {}
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self.fed = 0
+        layout = plan(model, num_chunks=chunks, block_size=block_size)
+        super().__init__(
+            genesis=_genesis(terms, layout),
+            layout=layout,
+            links=simulation.EqualLinks(latency, rate),
+            policy=policy,
+            gossip=gossip,
+            seed=seed,
+        )
         for name in names:
             self.add(name)
         pairs = edges if edges is not None else map("".join, itertools.combinations(names, 2))
@@ -146,65 +101,39 @@ class World:
 
     # --- building ----------------------------------------------------------------------------
 
-    def add(self, name: str) -> Node:
+    def add(self, peer: str) -> Node:
         """A peer, not linked to anybody."""
-        peer = PeerId(name)
-        swarm = Swarm(
-            local=peer,
-            genesis=self.genesis,
-            layout=self.layout,
-            policy=self._policy,
-            verify=verify,
-            rng=random.Random(f"{name}{self.rng.random()}"),
-        )
-        node = self.nodes[peer] = Node(peer, swarm)
-        return node
+        super().add(PeerId(peer))
+        return self[peer]
+
+    @property
+    def peers(self) -> list[Node]:
+        """All, the killed ones too."""
+        return [self[name] for name in self.nodes]
+
+    def _node(self, peer: PeerId, swarm: Swarm) -> Node:
+        return Node(peer, swarm)
 
     def __getitem__(self, name: str) -> Node:
-        return self.nodes[PeerId(name)]
+        node = self.nodes[PeerId(name)]
+        assert isinstance(node, Node)
+        return node
 
     def link(self, a: str, b: str) -> None:
         """Open both streams of an edge; new ones replace what was open."""
-        for fetcher, holder in ((a, b), (b, a)):
-            replaced = self._streams.get((PeerId(fetcher), PeerId(holder)))
-            if replaced is not None:
-                replaced.is_open = False
-            self._streams[PeerId(fetcher), PeerId(holder)] = _Stream(
-                PeerId(fetcher), PeerId(holder), set(), self.now, self.now
-            )
-        for x, y in ((a, b), (b, a)):
-            self.feed(x, ev.HolderOpened(PeerId(y)))
-            self.feed(x, ev.FetcherOpened(PeerId(y)))
+        super().link(PeerId(a), PeerId(b))
 
     def unlink(self, a: str, b: str) -> None:
         """Both streams of an edge break, without a farewell."""
-        for x, y in ((PeerId(a), PeerId(b)), (PeerId(b), PeerId(a))):
-            stream = self._streams.pop((x, y), None)
-            if stream is None:
-                continue
-            stream.is_open = False
-            for end, stimulus in (
-                (stream.fetcher, ev.HolderClosed(stream.holder)),
-                (stream.holder, ev.FetcherClosed(stream.fetcher)),
-            ):
-                if not self.nodes[end].killed:
-                    self.feed(end, stimulus)
+        super().unlink(PeerId(a), PeerId(b))
 
-    def kill(self, name: str) -> None:
+    def kill(self, peer: str) -> None:
         """A peer is gone; its neighbours notice that its streams broke."""
-        self[name].killed = True
-        for a, b in list(self._streams):
-            if name in (a, b) and (a, b) in self._streams:
-                self.unlink(a, b)
+        super().kill(PeerId(peer))
 
-    def members(self, live: Iterable[str], dead: Iterable[str] = (), joined: int = 1) -> None:
+    def members(self, live: Iterable[str], dead: Iterable[str] = (), since: int = 1) -> None:
         """Everybody's membership view, from now on."""
-        now = ev.MembersNow(
-            {PeerId(name): joined for name in live}, frozenset(PeerId(name) for name in dead)
-        )
-        for node in list(self.nodes.values()):
-            if not node.killed:
-                self.feed(node.name, now)
+        super().members(map(PeerId, live), map(PeerId, dead), since)
 
     # --- rounds ------------------------------------------------------------------------------
 
@@ -232,8 +161,7 @@ class World:
             blocks=[block_hashes(data, self.layout.block_size) for data in files],
             sign=sign_as(name),
         )
-        for chunk, data in enumerate(files):
-            self[name].blocks[manifest.update, chunk] = bytearray(data)
+        self[name].keep(manifest, files)
         return manifest
 
     def publish(self, name: str, round: int = 1, *, samples: int = 10) -> None:
@@ -253,18 +181,13 @@ class World:
     def aggregate(self, name: str, round: int) -> bytes:
         """Hash of what a peer's averaging makes of a round."""
         node = self[name]
-        sources: dict[int, list[Source]] = {}
-        for count in node.closed[round].counts:
-            chunks = dict.fromkeys(count.chunks, count.manifest.update)
-            for chunk, update in {**chunks, **count.fills}.items():
-                source = (count.manifest.owner, update, count.weight)
-                sources.setdefault(chunk, []).append(source)
+        sources = node.sources(self.layout, round)
         start = weights(self.layout.spec, f"start {round}")
         merged = ModelHasher(self.layout.spec)
         aggregate(
             self.layout,
             sources,
-            lambda u, k: bytes(node.blocks[u, k]),
+            node.read,
             start,
             lambda part, rows: merged.add(rows),
         )
@@ -272,164 +195,18 @@ class World:
 
     # --- time --------------------------------------------------------------------------------
 
-    def feed(self, name: str, stimulus: ev.Stimulus) -> list[ev.Effect]:
+    def feed(self, peer: str, stimulus: ev.Stimulus) -> list[ev.Effect]:
         """Tell a machine something, and do what it answers."""
-        node = self[name]
-        effects = node.swarm.handle(stimulus, self.now)
+        return super().feed(PeerId(peer), stimulus)
+
+    def _fed(self, node: simulation.Node, effects: list[ev.Effect]) -> None:
         if self.fed % 5 == 0:  # it looks at everything: not after each of thousands of events
             node.swarm.picker.validate()
-        self.fed += 1
-        node.effects.extend(effects)
-        for effect in effects:
-            self._apply(node, effect)
-        self._pump(node)
-        self._rearm(node)
-        return effects
+        self[node.name].effects.extend(effects)
 
     def tell(self, name: str, effect: ev.Effect) -> None:
         """Let a peer do what its machine did not ask for."""
         self._apply(self[name], effect)
-
-    def run_until(self, condition: Callable[[], bool], limit: float = 300.0) -> None:
-        """Let time pass until a condition holds; it must within ``limit`` seconds."""
-        end = self.now + limit
-        while not condition():
-            assert self._queue, f"nothing more will happen at {self.now:.3f} s"
-            assert self._queue[0][0] <= end, f"still not so after {limit} s"
-            self._step()
-
-    def run(self, seconds: float) -> None:
-        """Let time pass."""
-        end = self.now + seconds
-        while self._queue and self._queue[0][0] <= end:
-            self._step()
-        self.now = end
-
-    def _step(self) -> None:
-        self.now, _, action = heapq.heappop(self._queue)
-        action()
-
-    def _at(self, when: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._queue, (when, next(self._order), action))
-
-    def _rearm(self, node: Node) -> None:
-        due = max(self.now + MIN_TICK, node.swarm.next_wakeup(self.now))
-        if node.tick_at <= self.now or due < node.tick_at:
-            node.tick_at = due
-            self._at(due, lambda: self._tick(node, due))
-
-    def _tick(self, node: Node, due: float) -> None:
-        if node.tick_at == due and not node.killed:
-            node.tick_at = -1.0
-            self.feed(node.name, ev.Tick())
-
-    # --- effects -----------------------------------------------------------------------------
-
-    def _apply(self, node: Node, effect: ev.Effect) -> None:
-        if isinstance(effect, ev.ToHolder):
-            self._question(node.name, effect.peer, effect.message)
-        elif isinstance(effect, ev.ToFetcher):
-            self._answer(node.name, effect.peer, effect.message)
-        elif isinstance(effect, (ev.PublishManifest, ev.PublishAvailability)):
-            self._gossip(node, effect)
-        elif isinstance(effect, ev.StoreManifest):
-            for chunk, entry in enumerate(effect.manifest.entries):
-                key = effect.manifest.update, chunk
-                node.blocks.setdefault(key, bytearray(entry.size))
-        elif isinstance(effect, ev.StoreBlocks):
-            stop = effect.offset + len(effect.data)
-            node.blocks[effect.update, effect.chunk][effect.offset : stop] = effect.data
-        elif isinstance(effect, ev.StoreComplete):
-            self._check_chunk(node, effect)
-        elif isinstance(effect, ev.Drop):
-            self._at(self.now, lambda: self.unlink(node.name, effect.peer))
-        elif isinstance(effect, ev.CloseRound):
-            assert effect.round not in node.closed
-            node.closed[effect.round], node.closed_at[effect.round] = effect, self.now
-        elif isinstance(effect, ev.MissedRound):
-            node.missed.append(effect.round)
-        elif isinstance(effect, ev.Emit):
-            node.events.append(effect.event)
-
-    def _check_chunk(self, node: Node, effect: ev.StoreComplete) -> None:
-        entry = node.swarm.ledger[effect.update].manifest.entries[effect.chunk]
-        data = bytes(node.blocks[effect.update, effect.chunk])
-        assert block_hashes(data, self.layout.block_size) == entry.blocks
-
-    def _gossip(self, node: Node, effect: ev.PublishManifest | ev.PublishAvailability) -> None:
-        if not self.gossip:
-            return
-        for other in self.nodes.values():
-            if other is node:
-                continue
-            if isinstance(effect, ev.PublishManifest):
-                stimulus: ev.Stimulus = ev.ManifestGossip(node.name, effect.data)
-            elif (other.name, node.name) in self._streams:
-                stimulus = ev.AvailabilityGossip(node.name, effect.data)
-            else:
-                continue
-            self._deliver(self.now + 2 * self.latency, other, stimulus)
-
-    def _question(self, fetcher: PeerId, holder: PeerId, message: Message) -> None:
-        stream = self._streams.get((fetcher, holder))
-        if stream is None:
-            return
-        if isinstance(message, Request):
-            assert message.number not in stream.open_requests
-            stream.open_requests.add(message.number)
-        stream.last_question = max(stream.last_question, self.now + self.latency)
-        arrives = ev.FromFetcher(fetcher, over_the_wire(message))
-        self._deliver(stream.last_question, self.nodes[holder], arrives, stream)
-
-    def _answer(
-        self, holder: PeerId, fetcher: PeerId, message: Message, sent: float | None = None
-    ) -> None:
-        stream = self._streams.get((fetcher, holder))
-        if stream is None:
-            return
-        if isinstance(message, (Piece, Reject)):
-            assert message.number in stream.open_requests, "answered twice, or never asked"
-            stream.open_requests.remove(message.number)
-        sent = self.now if sent is None else sent
-        stream.last_answer = max(stream.last_answer, sent + self.latency)
-        arrives = ev.FromHolder(holder, over_the_wire(message))
-        self._deliver(stream.last_answer, self.nodes[fetcher], arrives, stream)
-
-    def _deliver(
-        self, when: float, node: Node, stimulus: ev.Stimulus, stream: _Stream | None = None
-    ) -> None:
-        def arrive() -> None:
-            if not node.killed and (stream is None or stream.is_open):
-                self.feed(node.name, stimulus)
-
-        self._at(when, arrive)
-
-    def _pump(self, node: Node) -> None:
-        """Let every writer that may send take its next answer."""
-        for peer in node.swarm.serving.runnable(self.now):
-            stream = self._streams.get((peer, node.name))
-            upload = node.swarm.next_upload(peer, self.now) if stream is not None else None
-            if isinstance(upload, Upload):
-                data = bytes(node.blocks[upload.update, upload.chunk])
-                data = data[upload.offset : upload.offset + upload.size]
-                if node.corrupts:
-                    data = bytes([data[0] ^ 1]) + data[1:]
-                self._upload(node, upload, data)
-            elif isinstance(upload, Reject):
-                self._answer(node.name, peer, upload)
-                self._at(self.now, lambda: self._pump(node))
-
-    def _upload(self, node: Node, upload: Upload, data: bytes) -> None:
-        stream = self._streams[upload.peer, node.name]
-
-        def sent() -> None:
-            if node.killed or not stream.is_open:
-                return
-            node.swarm.serving.uploaded(upload.peer, upload.size, self.now)
-            self._answer(node.name, upload.peer, Piece(upload.number, data))
-            self._pump(node)
-
-        self._at(self.now + len(data) / self.rate, sent)
 
     # --- looking -----------------------------------------------------------------------------
 
@@ -439,10 +216,6 @@ class World:
         return {
             node.name: _line(node.swarm, update) for node in self.nodes.values() if not node.killed
         }
-
-    def unanswered(self) -> int:
-        """Requests on open streams that have no answer."""
-        return sum(len(stream.open_requests) for stream in self._streams.values())
 
 
 def _line(swarm: Swarm, update: UpdateId) -> str:
@@ -466,15 +239,6 @@ def weights(spec: ModelSpec, seed: str) -> dict[str, Array]:
     digest = hashlib.sha256(seed.encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     return {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in spec.tensors}
-
-
-def over_the_wire(message: Message) -> Message:
-    """A message as it comes out at the other end of a stream."""
-    head, payload = encode_message(message)
-    frame = head + bytes(payload)
-    kind, size = frame_body_bytes(frame[: FRAME_HEADER.size], MAX_CONTROL)
-    assert size == len(frame) - FRAME_HEADER.size
-    return decode_body(kind, frame[FRAME_HEADER.size :])
 
 
 def terms(**changes: float) -> RoundTerms:

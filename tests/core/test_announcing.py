@@ -111,4 +111,4 @@ def test_each_peer_learns_of_every_chunk_of_its_neighbours() -> None:
     world = World("abcd", gossip=False)
     world.play()
     world.run(1.0)
-    assert all(node.swarm.others_have_all() for node in world.nodes.values())
+    assert all(node.swarm.others_have_all() for node in world.peers)

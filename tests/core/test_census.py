@@ -39,7 +39,8 @@ from p2pfl_torrent.core.statements import (
     encode_batch,
     sign_statement,
 )
-from tests.core.member_network import SWARM, sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as, verify
+from tests.core.member_network import SWARM
 from tests.core.test_membership import record, suspicion
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "membership.json"

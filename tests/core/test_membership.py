@@ -31,7 +31,8 @@ from p2pfl_torrent.core.statements import (
     sign_record,
     sign_statement,
 )
-from tests.core.member_network import SWARM, sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as, verify
+from tests.core.member_network import SWARM
 
 A, B, C, D = (PeerId(name) for name in "abcd")
 POLICY = LivenessPolicy()

@@ -52,7 +52,7 @@ def chaos(seed: int, *, gossip: bool, deaths: int, rounds: int) -> World:
 @given(st.integers(0, 2**32), st.booleans(), st.integers(0, 2))
 def test_whatever_happens(seed: int, gossip: bool, deaths: int) -> None:
     world = chaos(seed, gossip=gossip, deaths=deaths, rounds=3)
-    for node in world.nodes.values():
+    for node in world.peers:
         if node.killed:
             continue
         counted: list[tuple[str, int]] = []
@@ -78,6 +78,6 @@ def test_where_all_is_well_nobody_waits_for_the_deadline(seed: int) -> None:
     for round in (1, 2, 3):
         began = world.now
         world.play(round)
-        assert {node.closed[round].closed_by for node in world.nodes.values()} == {"complete"}
-        assert len({node.counts(round) for node in world.nodes.values()}) == 1
+        assert {node.closed[round].closed_by for node in world.peers} == {"complete"}
+        assert len({node.counts(round) for node in world.peers}) == 1
         assert world.now - began < 1.0

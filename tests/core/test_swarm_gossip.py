@@ -14,8 +14,8 @@ def test_manifests_that_the_edges_carried_are_not_gossiped() -> None:
     world = World("abcd")
     world.play()
     world.run(60.0)
-    assert not any(node.sent(ev.PublishManifest) for node in world.nodes.values())
-    assert {len(node.counts(1)) for node in world.nodes.values()} == {4}
+    assert not any(node.sent(ev.PublishManifest) for node in world.peers)
+    assert {len(node.counts(1)) for node in world.peers} == {4}
 
 
 def test_a_manifest_that_a_neighbour_shows_nothing_of_is_gossiped() -> None:
@@ -61,7 +61,7 @@ def test_availability_is_gossiped_in_batches_while_an_exchange_lasts() -> None:
     for name in "ab":
         world.publish(name)
     world.run(4.9 * POLICY.gossip_interval)
-    for node in world.nodes.values():
+    for node in world.peers:
         assert 1 not in node.closed
         assert 1 <= len(node.sent(ev.PublishAvailability)) <= 4
 
@@ -70,4 +70,4 @@ def test_availability_that_all_have_shown_to_share_is_not_gossiped() -> None:
     world = World("abcd", edges=["ab", "bc", "cd", "da"])
     world.play()
     world.run(60.0)
-    assert not any(node.sent(ev.PublishAvailability) for node in world.nodes.values())
+    assert not any(node.sent(ev.PublishAvailability) for node in world.peers)

@@ -66,7 +66,7 @@ def test_too_many_requests_are_rejected_as_busy_and_the_fetcher_copes() -> None:
     assert answers == [[], [], reject(2, m.REJECT_BUSY), reject(3, m.REJECT_BUSY)]
     world = World("ab", policy=policy)
     world.play()
-    assert {node.closed[1].closed_by for node in world.nodes.values()} == {"complete"}
+    assert {node.closed[1].closed_by for node in world.peers} == {"complete"}
     world.run(5.0)
     assert world.unanswered() == 0
 
@@ -137,7 +137,7 @@ def test_every_request_gets_exactly_one_answer(seed: int, gossip: bool) -> None:
     world.run(0.2)
     world.link("b", "a")
     world.run(30.0)
-    assert all(1 in node.closed for node in world.nodes.values())
+    assert all(1 in node.closed for node in world.peers)
     assert world.unanswered() == 0
 
 
@@ -156,10 +156,10 @@ def test_a_large_manifest_is_gossiped_by_its_header_and_pulled() -> None:
     slow = SwarmPolicy(gossip_interval=0.0)  # before an edge can have brought a chunk
     world = World("abc", edges=["ab", "bc"], block_size=4, policy=slow)
     world.play()
-    for node in world.nodes.values():
+    for node in world.peers:
         (published,) = node.sent(ev.PublishManifest)
         assert len(published.data) < 512
-    assert len({node.counts(1) for node in world.nodes.values()}) == 1
+    assert len({node.counts(1) for node in world.peers}) == 1
     assert len(world["a"].counts(1)) == 3
 
 

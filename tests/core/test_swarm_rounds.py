@@ -12,6 +12,7 @@ from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
+from p2pfl_torrent.simulation import EqualLinks
 from tests.core.swarm_world import World, terms
 
 RING = ["ab", "bc", "cd", "de", "ef", "fa"]
@@ -49,7 +50,7 @@ def test_six_peers_end_with_the_same_chunks(edges: list[str] | None, gossip: boo
     world = World("abcdef", edges=edges, gossip=gossip)
     world.play()
     assert closings(world, "abcdef") == {"complete"}
-    assert all(len(node.counts(1)) == 6 for node in world.nodes.values())
+    assert all(len(node.counts(1)) == 6 for node in world.peers)
     assert agree(world, "abcdef")
     world.run(5.0)
     assert world.unanswered() == 0
@@ -77,7 +78,7 @@ def test_the_same_seed_makes_the_same_history() -> None:
     def history() -> list[str]:
         world = World("abcd", seed=7)
         world.play()
-        return [_text(effect) for node in world.nodes.values() for effect in node.effects]
+        return [_text(effect) for node in world.peers for effect in node.effects]
 
     assert history() == history()
 
@@ -251,7 +252,7 @@ def test_what_was_announced_too_early_is_fetched_in_its_round() -> None:
     world.begin(4, "ab")
     world.publish("a", 4)
     world.publish("b", 4)
-    world.members("abc", joined=5)
+    world.members("abc", since=5)
     world.run(1.0)
     world.begin(4, "c", caught_up=True)
     world.run(5.0)
@@ -307,10 +308,10 @@ def test_one_early_manifest_starts_no_clock() -> None:
     world.begin(1)
     world.publish("a")
     world.run(50.0)
-    assert all(node.told(DeadlineSet) == [] for node in world.nodes.values())
+    assert all(node.told(DeadlineSet) == [] for node in world.peers)
     world.publish("b")
     world.run(1.0)
-    for node in world.nodes.values():
+    for node in world.peers:
         (deadline,) = node.told(DeadlineSet)
         assert deadline.why == "quorum"
     assert 1 not in world["a"].closed
@@ -410,7 +411,7 @@ def test_a_member_that_may_still_publish_is_waited_for_all_the_same() -> None:
 def test_a_partial_update_is_filled_with_the_owners_last() -> None:
     world = World("ab", terms=terms(exchange_timeout=10.0))
     world.play(1)
-    world.rate = 150.0
+    world.links = EqualLinks(0.01, 150.0)
     world.play(2)
     count = next(c for c in world["a"].closed[2].counts if c.manifest.owner == "b")
     assert count.status == "partial"

@@ -25,7 +25,7 @@ from p2pfl_torrent.core.topology import neighbours
 from p2pfl_torrent.exchange.membership import MembershipDriver
 from p2pfl_torrent.exchange.ports import EdgeClosedError
 from p2pfl_torrent.overlay.bootstrap import Registry
-from tests.core.member_network import sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as, verify
 
 BOOTSTRAP = PeerId("bootstrap")
 TRIP = 0.01

@@ -16,7 +16,7 @@ from p2pfl_torrent.core.joining import Probe as Question
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.statements import encode_batch, sign_record
 from p2pfl_torrent.overlay.bootstrap import Registry
-from tests.core.member_network import sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as, verify
 from tests.exchange.member_drivers import World, genesis, terms
 
 

@@ -19,7 +19,7 @@ from p2pfl_torrent.core.joining import (
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.statements import ACTIVE, LEFT, encode_batch, sign_record
 from p2pfl_torrent.overlay.bootstrap import CONTACT_SECONDS, Registry
-from tests.core.member_network import sign_as, verify
+from p2pfl_torrent.simulation.world import sign_as, verify
 from tests.exchange.member_drivers import genesis
 
 A, B = PeerId("a"), PeerId("b")

@@ -1,0 +1,263 @@
+"""A whole federation on virtual time: peers train, exchange by their real machines, and average.
+
+What is real: the swarm machine with its picker, closing rule and wire forms; chunks, manifests and
+their hashes; the average. What is modelled: links, gossip, the time that training takes. Membership
+is told to everybody at once, and who missed a round takes the next one's weights from the first
+peer that has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.aggregation import aggregate
+from p2pfl_torrent.core.bitfield import Bitfield
+from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, slice_of
+from p2pfl_torrent.core.manifest import block_hashes, make_manifest
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
+from p2pfl_torrent.simulation.node import Node
+from p2pfl_torrent.simulation.world import World, sign_as
+
+NOTICED = 5.0  # seconds until everybody knows that a peer has died, or is back
+KEEP_ROUNDS = 2  # rounds whose updates are served to others, as storage.keep_rounds has it
+
+LastDelivered = Callable[[int], Sequence[Array]]
+"""Chunk index -> the arrays of its slices as the others last received them from this peer."""
+
+
+class Learner(Protocol):
+    """What one peer does between two exchanges."""
+
+    def train(self, round: int, start: Arrays) -> tuple[Arrays, int]:
+        """(trained weights, number of samples behind them)."""
+        ...
+
+    def ranks(self, layout: Layout, trained: Arrays, last: LastDelivered) -> list[int]:
+        """Importance of each chunk, 0 for the least: a permutation."""
+        ...
+
+    def training_seconds(self, round: int) -> float:
+        """How long ``train`` takes, in virtual time."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one round ended at one peer.
+
+    Attributes:
+        at: virtual seconds since the start.
+        completeness: verified over announced bytes, own update excluded; 1 where nothing was
+            announced.
+        payload_bytes: of pieces received since the peer's start, what came twice included.
+        model_hash: of the aggregate, or of what was taken over.
+        taken_over: the round was missed, and the weights are another peer's.
+    """
+
+    peer: PeerId
+    round: int
+    at: float
+    completeness: float
+    payload_bytes: int
+    model_hash: bytes
+    taken_over: bool
+
+
+class Federation:
+    """Peers that learn together in a world.
+
+    Args:
+        make_world: given the handlers for a closed and for a missed round.
+        start: weights that all begin with.
+        edges: pairs of neighbours; None makes everybody everybody's.
+        told: called when a peer has the weights of its next round.
+    """
+
+    def __init__(
+        self,
+        make_world: Callable[
+            [Callable[[Node, ev.CloseRound], object], Callable[[Node, int], object]], World
+        ],
+        learners: Mapping[PeerId, Learner],
+        start: Arrays,
+        edges: Iterable[tuple[PeerId, PeerId]] | None = None,
+        told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
+    ) -> None:
+        self.world = make_world(self._closed, self._missed)
+        self.learners = dict(learners)
+        self.models: dict[PeerId, Arrays] = dict.fromkeys(self.learners, start)
+        self.rounds: dict[PeerId, int] = {}
+        self.outcomes: list[Outcome] = []
+        self._told = told
+        self._terms = self.world.genesis.terms.rounds
+        self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
+        self._waiting: dict[PeerId, int] = {}  # who missed a round, and waits for the next one's
+        pairs = itertools.combinations(self.learners, 2) if edges is None else edges
+        self._edges = tuple(pairs)
+        for peer in self.learners:
+            self.world.add(peer)
+        for a, b in self._edges:
+            self.world.link(a, b)
+
+    # --- the run -----------------------------------------------------------------------------
+
+    def run(self, limit: float = 1e6) -> None:
+        """All rounds, until every living peer is through or ``limit`` virtual seconds passed."""
+        self.world.members(self.learners)
+        for peer in self.learners:
+            self._begin(peer, 1, caught_up=False)
+        self.world.run_until(self._is_over, limit)
+
+    def _is_over(self) -> bool:
+        return all(
+            self.rounds[peer] > self._terms.total
+            for peer, node in self.world.nodes.items()
+            if not node.killed
+        )
+
+    def _begin(self, peer: PeerId, round: int, *, caught_up: bool) -> None:
+        node = self.world.nodes[peer]
+        self.rounds[peer] = round
+        forgotten = node.prune(
+            round, max(KEEP_ROUNDS, self._terms.max_staleness), self._terms.fill_max_age
+        )
+        self.world.feed(peer, ev.RoundBegun(round, forgotten, caught_up))
+        if round <= self._terms.total:
+            ready = self.world.now + self.learners[peer].training_seconds(round)
+            self.world.at(ready, lambda: self._publish(node, round))
+
+    def _publish(self, node: Node, round: int) -> None:
+        peer, layout = node.name, self.world.layout
+        if node.killed or self.world.nodes[peer] is not node or self.rounds[peer] != round:
+            return
+        own = node.swarm.ledger.update_of(peer, round)
+        if own is not None:  # published before it died: a second one would be equivocation
+            self.world.feed(peer, ev.UpdateReady(own.manifest))
+            return
+        learner, start = self.learners[peer], self.models[peer]
+        trained, samples = learner.train(round, start)
+        delivered = self._delivered.get(peer)
+
+        def last(chunk: int) -> Sequence[Array]:
+            if delivered is not None:
+                return delivered[chunk]
+            tensors = layout.spec.tensors
+            return [
+                slice_of(start[tensors[part.tensor].name], part)
+                for part in layout.chunks[chunk].slices
+            ]
+
+        ranks = learner.ranks(layout, trained, last)
+        files = [encode_chunk(layout, k, trained) for k in range(len(layout.chunks))]
+        manifest = make_manifest(
+            layout=layout,
+            swarm=self.world.genesis.swarm_id,
+            round=round,
+            owner=peer,
+            base_hash=model_hash(layout.spec, start),
+            num_samples=samples,
+            sizes=[len(data) for data in files],
+            ranks=ranks,
+            blocks=[block_hashes(data, layout.block_size) for data in files],
+            sign=sign_as(peer),
+        )
+        node.keep(manifest, files)
+        self._delivered[peer] = {
+            chunk: decode_chunk(layout, chunk, data) for chunk, data in enumerate(files)
+        }
+        self.world.feed(peer, ev.UpdateReady(manifest))
+
+    # --- churn -------------------------------------------------------------------------------
+
+    def kill(self, peer: PeerId) -> None:
+        """A peer's process dies; its disk stays."""
+        self.world.kill(peer)
+        self._waiting.pop(peer, None)
+        self.world.at(self.world.now + NOTICED, self._tell_members)
+
+    def restart(self, peer: PeerId) -> None:
+        """A peer comes back with its disk, at the start of the round in which it died."""
+        old = self.world.nodes[peer]
+        node = self.world.add(peer)
+        node.closed, node.closed_at = old.closed, old.closed_at
+        node.manifests, node.blocks, node.complete = old.manifests, old.blocks, old.complete
+        size = len(self.world.layout.chunks)
+        for manifest in node.manifests.values():
+            held = Bitfield.of(size, node.complete[manifest.update])
+            known = old.swarm.ledger.get(manifest.update)
+            counted_in = known.counted_in if known is not None else None
+            self.world.feed(peer, ev.Restored(manifest, held, {}, counted_in))
+        for a, b in self._edges:
+            other = b if a == peer else a
+            if peer in (a, b) and not self.world.nodes[other].killed:
+                self.world.link(a, b)
+        self._tell_members()
+        self._begin(peer, self.rounds[peer], caught_up=False)
+
+    def _tell_members(self) -> None:
+        nodes = self.world.nodes
+        live = [peer for peer, node in nodes.items() if not node.killed]
+        self.world.members(live, [peer for peer, node in nodes.items() if node.killed])
+
+    # --- how a round ends --------------------------------------------------------------------
+
+    def _closed(self, node: Node, close: ev.CloseRound) -> None:
+        layout, start = self.world.layout, self.models[node.name]
+        merged = {name: np.empty_like(array) for name, array in start.items()}
+
+        def keep(part: TensorSlice, rows: Array) -> None:
+            name = layout.spec.tensors[part.tensor].name
+            target = merged[name]
+            slice_of(target, part)[...] = rows
+
+        aggregate(layout, node.sources(layout, close.round), node.read, start, keep)
+        self._has(node, close.round, merged, close.completeness, taken_over=False)
+
+    def _missed(self, node: Node, round: int) -> None:
+        self._waiting[node.name] = round
+        self._take_over()
+
+    def _take_over(self) -> None:
+        for peer, round in list(self._waiting.items()):
+            ahead = [
+                other
+                for other, reached in self.rounds.items()
+                if reached > round and not self.world.nodes[other].killed and other != peer
+            ]
+            if ahead:
+                del self._waiting[peer]
+                source = min(ahead, key=lambda other: (-self.rounds[other], other))
+                node = self.world.nodes[peer]
+                reached = self.rounds[source] - 1
+                self._has(node, reached, self.models[source], 0.0, taken_over=True)
+
+    def _has(
+        self, node: Node, round: int, arrays: Arrays, completeness: float, *, taken_over: bool
+    ) -> None:
+        peer = node.name
+        self.models[peer] = arrays
+        outcome = Outcome(
+            peer=peer,
+            round=round,
+            at=self.world.now,
+            completeness=completeness,
+            payload_bytes=node.payload_bytes,
+            model_hash=model_hash(self.world.layout.spec, arrays),
+            taken_over=taken_over,
+        )
+        self.outcomes.append(outcome)
+        self._told(outcome, arrays)
+        # Not at once: this runs while the machine's effects are being applied.
+        self.world.at(self.world.now, lambda: self._go_on(node, round + 1, taken_over))
+
+    def _go_on(self, node: Node, round: int, caught_up: bool) -> None:
+        if not node.killed and self.world.nodes[node.name] is node:
+            self._begin(node.name, round, caught_up=caught_up)
+            self._take_over()

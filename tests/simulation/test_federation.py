@@ -1,0 +1,170 @@
+"""Federations on virtual time: what the machines of many peers come to together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.chunking import Layout, plan
+from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.tensors import Arrays, ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.simulation import (
+    Federation,
+    Link,
+    Node,
+    Outcome,
+    SharedLinks,
+    World,
+)
+from p2pfl_torrent.simulation.federation import LastDelivered
+
+MODEL = ModelSpec(tuple(TensorSpec(f"t{k}", "F32", (16, 16)) for k in range(6)))
+BYTES = MODEL.nbytes
+
+
+class Adder:
+    """Adds its own number to every weight, so that the average can be told."""
+
+    def __init__(self, number: float, seconds: float = 1.0) -> None:
+        self.number = number
+        self.seconds = seconds
+        self.trained: list[int] = []
+        self.last: list[float] = []
+
+    def train(self, round: int, start: Arrays) -> tuple[Arrays, int]:
+        self.trained.append(round)
+        added = self.number
+        return {name: np.add(array, added, dtype=np.float32) for name, array in start.items()}, 10
+
+    def ranks(self, layout: Layout, trained: Arrays, last: LastDelivered) -> list[int]:
+        self.last.append(float(last(0)[0].flat[0]))
+        return list(range(len(layout.chunks)))
+
+    def training_seconds(self, round: int) -> float:
+        return self.seconds
+
+
+def federation(
+    names: str = "abcd",
+    *,
+    rounds: int = 3,
+    window: float = 60.0,
+    down: float = 1e6,
+    seed: int = 0,
+    seconds: float = 1.0,
+    told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
+) -> Federation:
+    layout = plan(MODEL, num_chunks=6, block_size=1024)
+    terms = RoundTerms(
+        total=rounds,
+        client_num=len(names),
+        min_members=2,
+        join_timeout=60.0,
+        train_timeout=1000.0,
+        exchange_timeout=window,
+        quorum=0.5,
+        min_completion_ratio=0.0,
+        max_staleness=2,
+        fill_max_age=3,
+        max_num_samples=1000,
+    )
+    agreed = Terms(
+        name="world",
+        mode="swarm",
+        aggregator="fedavg",
+        seed=0,
+        model=layout.spec.fingerprint(),
+        layout=layout.digest,
+        topology=TopologyTerms("full", 3, 2, (), ()),
+        rounds=terms,
+    )
+    start: Arrays = {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}
+    initial = model_hash(MODEL, start).hex()
+    genesis = Genesis(terms=agreed, run_id="run", creator="a", initial_hash=initial)
+    links = SharedLinks({PeerId(name): Link(1e6, down) for name in names})
+
+    def world(
+        closed: Callable[[Node, ev.CloseRound], object], missed: Callable[[Node, int], object]
+    ) -> World:
+        return World(
+            genesis=genesis,
+            layout=layout,
+            links=links,
+            seed=seed,
+            on_closed=closed,
+            on_missed=missed,
+        )
+
+    learners = {PeerId(name): Adder(float(k), seconds) for k, name in enumerate(names)}
+    return Federation(world, learners, start, told=told)
+
+
+def hashes(run: Federation) -> dict[int, set[bytes]]:
+    found: dict[int, set[bytes]] = {}
+    for outcome in run.outcomes:
+        found.setdefault(outcome.round, set()).add(outcome.model_hash)
+    return found
+
+
+def test_all_end_with_the_mean_of_what_all_trained() -> None:
+    run = federation("abcd", rounds=3)
+    run.run()
+    for model in run.models.values():
+        for array in model.values():
+            assert np.allclose(array, 3 * (0 + 1 + 2 + 3) / 4)
+    assert {len(found) for found in hashes(run).values()} == {1}
+    assert {outcome.completeness for outcome in run.outcomes} == {1.0}
+    assert len(run.outcomes) == 4 * 3
+
+
+def test_the_same_arguments_make_the_same_run_and_a_seed_another() -> None:
+    def trace(seed: int) -> str:
+        run = federation("abcd", rounds=3, window=8.0, down=BYTES / 8.0, seed=seed)
+        run.run()
+        return hashlib.sha256(repr(run.outcomes).encode()).hexdigest()
+
+    assert trace(1) == trace(1)
+    assert trace(1) != trace(2)
+
+
+def test_a_deadline_cuts_rounds_short_at_what_the_links_carry() -> None:
+    run = federation("abcd", rounds=4, window=10.0, down=0.4 * 3 * BYTES / 10.0)
+    run.run()
+    later = [outcome.completeness for outcome in run.outcomes if outcome.round > 1]
+    assert 0.25 < float(np.mean(later)) < 0.45
+
+
+def test_scores_see_what_was_last_delivered() -> None:
+    run = federation("ab", rounds=2)
+    run.run()
+    b = run.learners[PeerId("b")]
+    assert isinstance(b, Adder)
+    assert b.last == [0.0, 1.0]  # the start; then its own update of round 1, not the aggregate
+
+
+def test_who_dies_is_not_waited_for_and_comes_back_with_its_disk() -> None:
+    run = federation("abcd", rounds=6, seconds=20.0)
+    world = run.world
+    world.at(30.0, lambda: run.kill(PeerId("d")))
+    world.at(70.0, lambda: run.restart(PeerId("d")))
+    run.run()
+    assert set(run.rounds.values()) == {7}
+    assert max(outcome.at for outcome in run.outcomes) < 6 * 20.0 + 60.0
+    assert len({model_hash(MODEL, model) for model in run.models.values()}) == 1
+    d = run.learners[PeerId("d")]
+    assert isinstance(d, Adder)
+    assert d.trained.count(1) == 1
+    assert any(outcome.taken_over for outcome in run.outcomes if outcome.peer == "d")
+
+
+@pytest.mark.parametrize("at", [21.0, 20.011, 39.0])
+def test_killed_at_any_moment_all_survivors_finish(at: float) -> None:
+    run = federation("abcd", rounds=3, seconds=20.0)
+    run.world.at(at, lambda: run.kill(PeerId("c")))
+    run.run()
+    assert {run.rounds[PeerId(name)] for name in "abd"} == {4}
