@@ -62,7 +62,7 @@ TRIO = "trio outcome exceptiongroup"
 BELOW_PEER = "config core exchange learning overlay protocols runlog statistics store"
 
 ROOMS = {
-    "core": room(packages="numpy networkx safetensors msgspec", pure=True),
+    "core": room(packages="numpy networkx safetensors msgspec zstandard", pure=True),
     "store": room("core", "numpy safetensors msgspec"),
     "exchange": room("core", f"{TRIO} numpy msgspec"),
     "protocols": room("core exchange", f"{TRIO} libp2p multiaddr msgspec numpy"),

@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -165,10 +166,19 @@ class PeerConfig:
         """Cut a model as ``chunk`` says, a tiny one into fewer chunks, compressed as it says."""
         num_chunks = max(1, min(self.chunk.num_chunks, spec.nbytes // MIN_CHUNK_BYTES))
         plain = plan(spec, num_chunks=num_chunks, block_size=self.chunk.block_size)
-        layout = replace(plain, compression=Compression(self.chunk.compression))
+        layout = replace(plain, compression=self._compression())
         for chunk in layout.chunks:
             layout.file_bounds(chunk.index)  # a name that is taken is told before anything starts
         return layout
+
+    def _compression(self) -> Compression:
+        chunk = self.chunk
+        if chunk.zstd_level and find_spec("zstandard") is None:
+            raise ConfigError(
+                f"chunk.zstd_level is {chunk.zstd_level}, for which a package is missing: install "
+                "p2pfl-torrent[zstd], or make it 0 at every peer."
+            )
+        return Compression(chunk.compression, chunk.delta, chunk.topk_share, chunk.zstd_level)
 
     def terms(self, spec: ModelSpec, layout: Layout) -> Terms:
         """What all peers of the swarm must agree on."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, cast, get_type_hints
 
-from p2pfl_torrent.core.compression import Codec
+from p2pfl_torrent.core.compression import MAX_ZSTD_LEVEL, Codec
 
 GENESIS, LOCAL = "genesis", "local"
 
@@ -345,9 +345,31 @@ class ChunkSection:
     compression: Codec = key(
         "none",
         GENESIS,
-        "how chunk files are made smaller: `fp16`, `bf16` halve float32, `int8` with a scale per "
-        "row quarters it; integers go as they are",
+        "how chunk files are made smaller: `fp16` and `bf16` halve float32, `int8` with a scale "
+        "per row quarters it, `topk` sends the largest changes alone",
         "exact; docs/how-to/compression.md says when to use which",
+    )
+    delta: bool = key(
+        False,
+        GENESIS,
+        "send floats as the change since the round's start; `topk` always does",
+        "whole weights average well where peers' start weights differ",
+    )
+    topk_share: float = key(
+        0.1,
+        GENESIS,
+        "share of the changes that `topk` sends; the rest is added to the next round's",
+        "a fifth of the bytes, as each needs an index",
+        above=0,
+        most=1,
+    )
+    zstd_level: int = key(
+        0,
+        GENESIS,
+        "zstd on top of the codec, its level; 0: none",
+        "trained floats hardly shrink; int8 and deltas may",
+        least=0,
+        most=MAX_ZSTD_LEVEL,
     )
     norm_policy: Literal["average", "local", "recalibrate"] = key(
         "average", GENESIS, "what becomes of normalisation layers", "FedAvg; local is FedBN"

@@ -38,6 +38,9 @@ MAX_WEIGHT = float(1 << 53)  # num_samples can be no larger; times any float32 i
 Source = tuple[PeerId, UpdateId, float]
 """(owner, update to read its chunk from, weight)."""
 
+Bases = Callable[[UpdateId], Arrays | None]
+"""The model that an update names as its base."""
+
 Keep = Callable[[TensorSlice, Array], object]
 """Takes the merged values of one slice; the array is used again after the call."""
 
@@ -71,6 +74,7 @@ def aggregate(
     read: Callable[[UpdateId, int], bytes | memoryview],
     start: Arrays,
     keep: Keep,
+    bases: Bases = lambda _: None,
 ) -> AggregateResult:
     """Average chunk by chunk; the merged values of one chunk and two tiles are all that is held.
 
@@ -79,6 +83,7 @@ def aggregate(
         read: a chunk file's bytes, mapped rather than copied.
         start: round-start weights, kept for a chunk that nobody delivered.
         keep: called for every slice of the model once, in exchange order.
+        bases: the model an update began from, of every update where the compression needs it.
 
     Raises:
         LocalProtocolError: versions out of order, or a weight that is none.
@@ -89,7 +94,7 @@ def aggregate(
     for chunk in layout.chunks:
         listed = sources.get(chunk.index, ())
         _check_sources(listed)
-        versions = _decoded(layout, chunk.index, listed, read, refused)
+        versions = _decoded(layout, chunk.index, listed, read, bases, refused)
         merged = scratch.slices(chunk)
         if not _average_chunk(layout, chunk, versions, merged, scratch):
             versions = _finite(layout, chunk.index, versions, refused)
@@ -137,13 +142,14 @@ def _decoded(
     chunk: int,
     listed: Sequence[Source],
     read: Callable[[UpdateId, int], bytes | memoryview],
+    bases: Bases,
     refused: list[RefusedChunk],
 ) -> list[_Version]:
     """The versions of a chunk whose file is one; the others' owners go to ``refused``."""
     versions = []
     for owner, update, weight in listed:
         try:
-            arrays = decode_file(layout, chunk, read(update, chunk))
+            arrays = decode_file(layout, chunk, read(update, chunk), bases(update))
             _refuse_untruths(layout, chunk, arrays)
         except RemoteProtocolError as error:
             refused.append(RefusedChunk(owner, chunk, error.reason))

@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from p2pfl_torrent.core import zstd
 from p2pfl_torrent.core.compression import PLAIN, Compression, Field, SliceForm, slice_form
 from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec, array_bytes
@@ -66,7 +67,7 @@ class ChunkForm:
         head: the file's bytes before its values.
         slices: the form of each slice, in exchange order.
         fields: (place of a slice, field of its form, its offset in the file), in file order.
-        size: bytes of the file.
+        size: bytes of the file, before zstd.
     """
 
     head: bytes
@@ -165,6 +166,8 @@ class Layout:
 
     def file_bounds(self, index: int) -> tuple[int, int]:
         """Least and most bytes of a chunk's file."""
+        if self.compression.zstd_level:
+            return 1, zstd.largest_frame(self.form(index).size)
         if not self.compression.is_plain:
             return self.form(index).size, self.form(index).size
         chunk = self.chunks[index]

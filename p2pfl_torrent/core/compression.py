@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from p2pfl_torrent.core.errors import RemoteProtocolError
+from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.tensors import (
     FLOAT_DTYPES,
     NUMPY_DTYPES,
@@ -24,29 +24,48 @@ from p2pfl_torrent.core.tensors import (
     float64_to_bfloat16,
 )
 
-Codec = Literal["none", "fp16", "bf16", "int8"]
+Codec = Literal["none", "fp16", "bf16", "int8", "topk"]
 Wide = npt.NDArray[np.floating]
 """Values as they are computed with: float64 of an F64 tensor, float32 of any other."""
 
 STEPS = 127  # int8 is used symmetrically: -128 would have no counterpart
-SCALE = ":scale"
+MAX_ZSTD_LEVEL = 19  # above, a frame may ask its reader for 128 MiB of window
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What the genesis says about chunk files."""
+    """What the genesis says about chunk files.
+
+    Attributes:
+        delta: floats are sent as the change since the update's base.
+        topk_share: share of a slice's changes that ``topk`` sends.
+        zstd_level: of the frame that a file is packed in; 0 for none.
+    """
 
     codec: Codec = "none"
+    delta: bool = False
+    topk_share: float = 1.0
+    zstd_level: int = 0
 
     @property
     def name(self) -> str:
         """As manifests and the genesis write it; ``none`` where files are plain."""
-        return self.codec
+        parts = ["delta"] if self.delta and self.codec != "topk" else []
+        if self.codec != "none":
+            parts.append(f"topk:{self.topk_share!r}" if self.codec == "topk" else self.codec)
+        if self.zstd_level:
+            parts.append(f"zstd:{self.zstd_level}")
+        return "+".join(parts) or "none"
 
     @property
     def is_plain(self) -> bool:
         """Whether a file holds a chunk's values as they are."""
-        return self == PLAIN
+        return self.name == "none"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a file is of use only to who has the model that its update began from."""
+        return self.delta or self.codec == "topk"
 
 
 PLAIN = Compression()
@@ -70,12 +89,14 @@ class SliceForm:
     """How one slice lies in a file.
 
     Attributes:
-        codec: ``none`` where the slice goes as it is: integers, truth values, and whatever the
-            swarm's codec would not make smaller.
+        codec: ``none`` where the values go in their own dtype: integers, truth values, and
+            whatever the swarm's codec would not make smaller.
+        delta: the change since the base is what goes.
         dtype, shape: of the slice.
     """
 
     codec: Codec
+    delta: bool
     dtype: str
     shape: tuple[int, ...]
     fields: tuple[Field, ...]
@@ -84,18 +105,26 @@ class SliceForm:
 def slice_form(compression: Compression, dtype: str, shape: tuple[int, ...]) -> SliceForm:
     """The form of a slice, the same on every peer."""
     plain = Field("", dtype, shape)
-    if dtype in FLOAT_DTYPES and compression.codec != "none":
-        fields = _fields(compression.codec, dtype, shape)
+    if dtype not in FLOAT_DTYPES:
+        return SliceForm("none", False, dtype, shape, (plain,))
+    delta = compression.needs_base
+    if compression.codec != "none":
+        fields = _fields(compression, dtype, shape)
         if sum(field.nbytes for field in fields) < plain.nbytes:
-            return SliceForm(compression.codec, dtype, shape, fields)
-    return SliceForm("none", dtype, shape, (plain,))
+            return SliceForm(compression.codec, delta, dtype, shape, fields)
+    return SliceForm("none", delta, dtype, shape, (plain,))
 
 
-def _fields(codec: Codec, dtype: str, shape: tuple[int, ...]) -> tuple[Field, ...]:
-    if codec == "int8":
+def _fields(compression: Compression, dtype: str, shape: tuple[int, ...]) -> tuple[Field, ...]:
+    if compression.codec == "int8":
         scale = "F64" if dtype == "F64" else "F32"
-        return Field("", "I8", shape), Field(SCALE, scale, (_rows(shape),))
-    return (Field("", "F16" if codec == "fp16" else "BF16", shape),)
+        return Field("", "I8", shape), Field(":scale", scale, (_rows(shape),))
+    if compression.codec == "topk":
+        size = math.prod(shape)
+        sent = min(size, math.ceil(compression.topk_share * size))
+        index = "I32" if size <= 1 << 31 else "I64"
+        return Field(":index", index, (sent,)), Field(":value", dtype, (sent,))
+    return (Field("", "F16" if compression.codec == "fp16" else "BF16", shape),)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
@@ -103,32 +132,100 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def encode_slice(form: SliceForm, values: Array) -> list[Array] | None:
+def encode_slice(
+    form: SliceForm, values: Array, base: Array | None = None, unsent: Array | None = None
+) -> list[Array] | None:
     """A slice's values as the arrays of its fields; None where the codec cannot hold them.
 
     It cannot hold what is, or would become, infinite or NaN. Rounds to nearest, ties to even.
     ``int8`` is off by half a scale at most, and the rounding of one float operation.
+
+    Args:
+        base: the slice in the update's base, for a form with ``delta``.
+        unsent: what earlier updates of this owner left out, added to the change.
     """
-    if form.codec == "none":
+    if form.codec == "none" and not form.delta:
         return [values]
-    wide = widen(form.dtype, values)
+    wide = to_send(form, values, base, unsent)
     if form.codec == "int8":
         return _to_int8(form, wide)
+    if form.codec == "topk":
+        return _to_topk(form, wide)
     coded = narrow(form.fields[0].dtype, wide)
-    return [np.asarray(coded)] if np.isfinite(widen(form.fields[0].dtype, coded)).all() else None
+    return [coded] if np.isfinite(widen(form.fields[0].dtype, coded)).all() else None
 
 
-def decode_slice(form: SliceForm, arrays: Sequence[Array]) -> Array:
+def to_send(form: SliceForm, values: Array, base: Array | None, unsent: Array | None) -> Wide:
+    """What a form is to carry of a slice: its values, or their change and what was left out."""
+    wide = widen(form.dtype, values)
+    if form.delta:
+        wide = wide - widen(form.dtype, _given(base))
+    return wide if unsent is None else wide + cast("Wide", unsent)
+
+
+def still_unsent(
+    form: SliceForm, values: Array, base: Array, unsent: Array | None, fields: Sequence[Array]
+) -> Wide:
+    """What readers of these fields do not get of ``to_send``: the error that is fed back.
+
+    Measured at what they reconstruct, so that a change too small for the tensor's dtype is not
+    lost either (error feedback: Seide et al. 2014, Stich et al. 2018).
+    """
+    got = widen(form.dtype, decode_slice(form, fields, base)) - widen(form.dtype, base)
+    return np.asarray(to_send(form, values, base, unsent) - got)
+
+
+def decode_slice(form: SliceForm, arrays: Sequence[Array], base: Array | None = None) -> Array:
     """The values of a slice in its own dtype.
 
+    Args:
+        base: the slice in the update's base, for a form with ``delta``.
+
     Raises:
-        RemoteProtocolError: a scale is negative, infinite or NaN; what it did, without the chunk.
+        RemoteProtocolError: bad scales or indices; the reason says what, not in which chunk.
     """
-    if form.codec == "none":
+    if form.codec == "none" and not form.delta:
         return arrays[0]
-    if form.codec == "int8":
-        return np.asarray(narrow(form.dtype, _from_int8(form, arrays)))
-    return np.asarray(narrow(form.dtype, widen(form.fields[0].dtype, arrays[0])))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        if form.codec == "int8":
+            wide = _from_int8(form, arrays)
+        elif form.codec == "topk":
+            wide = _from_topk(form, arrays)
+        else:
+            wide = widen(form.fields[0].dtype, arrays[0])
+            wide = wide.astype(np.float64 if form.dtype == "F64" else np.float32, copy=False)
+        if form.delta:
+            wide = widen(form.dtype, _given(base)) + wide
+    return np.asarray(narrow(form.dtype, wide))
+
+
+def _given(base: Array | None) -> Array:
+    if base is None:
+        raise LocalProtocolError("a change is of no use without its base")
+    return base
+
+
+def _to_topk(form: SliceForm, wide: Wide) -> list[Array] | None:
+    """The largest changes, by increasing index (top-k: Aji & Heafield 2017)."""
+    flat = wide.reshape(-1)
+    index_field, value_field = form.fields
+    (sent,) = index_field.shape
+    left_out = flat.size - sent
+    chosen = np.sort(np.argpartition(np.abs(flat), left_out)[left_out:])
+    values = narrow(value_field.dtype, flat[chosen])
+    if not np.isfinite(widen(value_field.dtype, values)).all():
+        return None
+    return [chosen.astype(NUMPY_DTYPES[index_field.dtype]), values]
+
+
+def _from_topk(form: SliceForm, arrays: Sequence[Array]) -> Wide:
+    index, values = cast("npt.NDArray[np.signedinteger]", arrays[0]), arrays[1]
+    size = math.prod(form.shape)
+    if index[0] < 0 or index[-1] >= size or not (index[1:] > index[:-1]).all():
+        raise RemoteProtocolError("indices that are out of range, repeated or not in order")
+    wide: Wide = np.zeros(size, np.float64 if form.dtype == "F64" else np.float32)
+    wide[index] = widen(form.dtype, values)
+    return cast("Wide", wide.reshape(form.shape))
 
 
 def _to_int8(form: SliceForm, wide: Wide) -> list[Array] | None:
@@ -144,15 +241,16 @@ def _to_int8(form: SliceForm, wide: Wide) -> list[Array] | None:
         short = scale * kind(STEPS) < largest
     scale = np.where(short, np.nextafter(scale, kind(np.inf)), scale)
     # 127 steps of it must not leave the type's range again.
-    scale = np.minimum(scale, kind(_largest_scale(form.dtype)))
+    scale = np.minimum(scale, kind(_largest_scale(form)))
     divisor = np.where(scale > 0, scale, kind(1))[:, None]
     steps = np.rint(rows / divisor)
     np.clip(steps, -STEPS, STEPS, out=steps)
     return [steps.astype(np.int8).reshape(form.shape), scale]
 
 
-def _largest_scale(dtype: str) -> float:
-    """The largest scale of which 127 steps are finite in a dtype."""
+def _largest_scale(form: SliceForm) -> float:
+    """The largest scale of which 127 steps are finite: in the dtype, of a change as computed."""
+    dtype = "F32" if form.delta and form.dtype != "F64" else form.dtype
     if dtype == "F64":
         most = float(np.finfo(np.float64).max)
         return most / STEPS if most / STEPS * STEPS <= most else math.nextafter(most / STEPS, 0.0)
@@ -165,9 +263,8 @@ def _from_int8(form: SliceForm, arrays: Sequence[Array]) -> Wide:
     steps, scale = arrays[0], cast("Wide", arrays[1])
     if not (np.isfinite(scale) & (scale >= 0)).all():
         raise RemoteProtocolError("a scale that is negative, infinite or NaN")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused with its owner named
-        wide = steps.reshape(scale.size, -1).astype(scale.dtype)
-        np.multiply(wide, scale[:, None], out=wide)
+    wide = steps.reshape(scale.size, -1).astype(scale.dtype)
+    np.multiply(wide, scale[:, None], out=wide)
     return wide.reshape(form.shape)
 
 

@@ -23,8 +23,9 @@ class OwnerReport:
         filled: chunks for which the owner's last received one stood in.
         total: chunks of an update.
         status: "complete", "partial", "late" (counted in this round though trained in an earlier
-            one), "missing" (a live member's that did not come), "dead" (its owner died first) or
-            "dropped" (older than max_staleness).
+            one), "missing" (a live member's that did not come), "dead" (its owner died first),
+            "dropped" (older than max_staleness), "refused" (its values could not be averaged) or
+            "another base" (a change of weights that this peer does not have).
     """
 
     owner: PeerId

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.manifest import UpdateId
@@ -25,9 +27,13 @@ def contributions(
 
 
 def owner_reports(
-    close: ev.CloseRound, layout: Layout, refused: set[PeerId]
+    close: ev.CloseRound, layout: Layout, refused: set[PeerId], baseless: Container[UpdateId]
 ) -> tuple[OwnerReport, ...]:
-    """What became of each owner's update; ``refused`` those that could not be averaged."""
+    """What became of each owner's update; ``refused`` those that could not be averaged.
+
+    Args:
+        baseless: updates that change weights which are not here.
+    """
     total = len(layout.chunks)
     reports = [
         OwnerReport(
@@ -38,7 +44,7 @@ def owner_reports(
             chunks=len(count.chunks),
             filled=len(count.fills),
             total=total,
-            status="refused" if count.manifest.owner in refused else count.status,
+            status=_status(count, refused, baseless),
         )
         for count in close.counts
     ]
@@ -49,3 +55,9 @@ def owner_reports(
         OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped
     ]
     return tuple(sorted(reports, key=lambda report: (report.owner, report.trained_round)))
+
+
+def _status(count: ev.Count, refused: set[PeerId], baseless: Container[UpdateId]) -> str:
+    if count.manifest.update in baseless:
+        return "another base"
+    return "refused" if count.manifest.owner in refused else count.status

@@ -24,6 +24,7 @@ from p2pfl_torrent.core.tensors import ModelSpec
 from p2pfl_torrent.core.uploads import UploadPolicy
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.overlay.identity import Identity, verify
+from p2pfl_torrent.peer.bases import Residuals
 from p2pfl_torrent.peer.catchup import CatchUp, OpenState
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import parse_bootstrap
@@ -143,6 +144,11 @@ class Making:
             scorer=ImportanceScorer(self.config.chunk, self.rng),
             feed=self.feed,
             enabled=self.config.bittorrent.enable,
+            residuals=(
+                Residuals(self.state_dir, self.layout)
+                if self.layout.compression.codec == "topk"
+                else None
+            ),
         )
 
 

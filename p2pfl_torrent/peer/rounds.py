@@ -11,14 +11,15 @@ import trio
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
-from p2pfl_torrent.core.encoding import decode_file, encode_file
+from p2pfl_torrent.core.encoding import KeepUnsent, decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
-from p2pfl_torrent.core.manifest import Manifest, hash_blocks, make_manifest
+from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import RoundReport, RoundStarted
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
+from p2pfl_torrent.peer.bases import Bases, Residuals
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
 from p2pfl_torrent.peer.closings import contributions, owner_reports
 from p2pfl_torrent.peer.feed import EventFeed
@@ -81,6 +82,7 @@ class Rounds:
         scorer: ImportanceScorer,
         feed: EventFeed,
         enabled: bool,
+        residuals: Residuals | None,
     ) -> None:
         self.round = 0
         self.base_hash = bytes.fromhex(genesis.initial_hash)
@@ -97,6 +99,11 @@ class Rounds:
         self._scorer = scorer
         self._feed = feed
         self._enabled = enabled
+        self._bases = Bases(layout, store, checkpoints, self.base_hash)
+        self._residuals = residuals
+        self._kept_checkpoints = KEPT_CHECKPOINTS
+        if layout.compression.needs_base:  # an old update may fill, and needs what it began from
+            self._kept_checkpoints = max(KEPT_CHECKPOINTS, genesis.terms.rounds.fill_max_age + 1)
         self._is_called = False
         self._underway: _Underway | None = None
 
@@ -124,7 +131,7 @@ class Rounds:
 
         def save() -> None:
             self._checkpoints.save(round, arrays)
-            self._checkpoints.prune(KEPT_CHECKPOINTS)
+            self._checkpoints.prune(self._kept_checkpoints)
 
         await trio.to_thread.run_sync(save)
 
@@ -231,20 +238,28 @@ class Rounds:
         is never in memory as a whole.
         """
         layout, round = self._layout, self.round
+        base = self._checkpoints.load(round - 1) if layout.compression.needs_base else None
+        unsent = self._residuals.before(round) if self._residuals is not None else None
 
-        def encoded(index: int) -> list[bytes | memoryview]:
-            return list(encode_file(layout, index, arrays))
+        def encoded(index: int, keep: KeepUnsent | None = None) -> list[bytes | memoryview]:
+            return list(encode_file(layout, index, arrays, base, unsent, keep))
 
-        def describe() -> tuple[list[int], list[bytes]]:
+        def describe(keep: KeepUnsent | None) -> tuple[list[int], list[bytes]]:
             sizes, hashes = [], []
             for index in range(len(layout.chunks)):
-                parts = encoded(index)
+                parts = encoded(index, keep)
                 sizes.append(sum(map(len, parts)))
                 hashes.append(hash_blocks(parts, layout.block_size))
             return sizes, hashes
 
+        def describe_and_keep() -> tuple[list[int], list[bytes]]:
+            if self._residuals is None:
+                return describe(None)
+            with self._residuals.draft(round) as keep:
+                return describe(keep)
+
         try:
-            sizes, hashes = await trio.to_thread.run_sync(describe)
+            sizes, hashes = await trio.to_thread.run_sync(describe_and_keep)
         except CompressionError as error:
             raise UpdateError(f"{error} This update was not shared.") from error
         last = self._last_delivered()
@@ -282,8 +297,11 @@ class Rounds:
         layout = self._layout
         known = self._exchange.swarm.ledger.update_of(self._local, self.round - 1)
         if known is not None and known.held.complete:
-            update = known.manifest.update
-            return lambda chunk: decode_file(layout, chunk, self._store.chunk(update, chunk))
+            update, bases = known.manifest.update, self._bases.of([known.manifest])
+            if not self._bases.missing(bases):
+                return lambda chunk: decode_file(
+                    layout, chunk, self._store.chunk(update, chunk), bases[update]
+                )
         start = self._checkpoints.load(self.round - 1)
         tensors = layout.spec.tensors
         return lambda chunk: [
@@ -297,8 +315,14 @@ class Rounds:
         metrics: Mapping[str, float],
     ) -> Merged:
         chunks = contributions(self._layout, close)
+        bases = self._bases.of(self._manifests(chunks))
+        baseless = self._bases.missing(bases)
+        chunks = {
+            chunk: [source for source in sources if source[1] not in baseless]
+            for chunk, sources in chunks.items()
+        }
         start = self._checkpoints.load(self.round - 1)
-        result, new_hash = await trio.to_thread.run_sync(self._average, chunks, start)
+        result, new_hash = await trio.to_thread.run_sync(self._average, chunks, start, bases)
         swarm = self._exchange.swarm
         received = sum(
             swarm.fetching.bytes_received.get(count.manifest.update, 0) for count in close.counts
@@ -309,7 +333,7 @@ class Rounds:
             closed_by=close.closed_by,
             members=close.members,
             owners=owner_reports(
-                close, self._layout, {refused.owner for refused in result.refused}
+                close, self._layout, {refused.owner for refused in result.refused}, baseless
             ),
             completeness=close.completeness,
             bytes_payload=received,
@@ -335,8 +359,16 @@ class Rounds:
         self.resume(self.round + 1, new_hash)
         return Merged(self._checkpoints.load(self.round - 1), report)
 
+    def _manifests(self, chunks: Mapping[int, Sequence[Source]]) -> list[Manifest]:
+        ledger = self._exchange.swarm.ledger
+        updates = {update for sources in chunks.values() for _, update, _ in sources}
+        return [ledger[update].manifest for update in updates]
+
     def _average(
-        self, chunks: Mapping[int, Sequence[Source]], start: Arrays
+        self,
+        chunks: Mapping[int, Sequence[Source]],
+        start: Arrays,
+        bases: Mapping[UpdateId, Arrays | None],
     ) -> tuple[AggregateResult, bytes]:
         """Average into this round's checkpoint, in a worker thread; also the aggregate's hash."""
         hasher = ModelHasher(self._layout.spec)
@@ -346,8 +378,10 @@ class Rounds:
                 draft.put(part, rows)
                 hasher.add(rows)
 
-            result = aggregate(self._layout, chunks, self._store.chunk, start, keep)
-        self._checkpoints.prune(KEPT_CHECKPOINTS)
+            result = aggregate(
+                self._layout, chunks, self._store.chunk, start, keep, bases.__getitem__
+            )
+        self._checkpoints.prune(self._kept_checkpoints)
         return result, hasher.digest()
 
     async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:

@@ -362,6 +362,14 @@ class Store:
         ).fetchone()
         return row
 
+    def round_of(self, model_hash: bytes) -> int | None:
+        """The last finished round that ended with these weights; None if none did here."""
+        row: tuple[int] | None = self._db.execute(
+            "SELECT round FROM rounds WHERE model_hash = ? ORDER BY round DESC LIMIT 1",
+            (model_hash,),
+        ).fetchone()
+        return row[0] if row is not None else None
+
     def prune(self, round: int) -> list[UpdateId]:
         """Forget updates too old to serve or to fill with, now that ``round`` begins."""
         held = ((manifest, self._complete[u]) for u, manifest in self._manifests.items())

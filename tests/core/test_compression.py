@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2pfl_torrent.core import zstd
 from p2pfl_torrent.core.aggregation import aggregate
-from p2pfl_torrent.core.chunking import Layout, plan
+from p2pfl_torrent.core.chunking import Layout, TensorSlice, plan, slice_of
 from p2pfl_torrent.core.compression import Codec, Compression, decode_slice, slice_form, widen
 from p2pfl_torrent.core.encoding import decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, ConfigError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, TensorSpec
 from tests.core.small_models import finite_arrays, same_bits, specs
 
-COMPRESSIONS = [Compression(codec) for codec in get_args(Codec)]
+COMPRESSIONS = [
+    *(Compression(codec) for codec in get_args(Codec)),
+    *(Compression(codec, delta=True) for codec in get_args(Codec)),
+    *(Compression(codec, topk_share=0.1) for codec in ("topk",)),
+    *(Compression(codec, zstd_level=3) for codec in get_args(Codec)),
+    Compression("int8", delta=True, zstd_level=19),
+]
 compressions = st.sampled_from(COMPRESSIONS)
 
 
@@ -28,15 +37,16 @@ def cut(spec: ModelSpec, compression: Compression, *, chunks: int = 3) -> Layout
     return replace(plan(spec, num_chunks=chunks, block_size=64), compression=compression)
 
 
-def file_of(layout: Layout, index: int, arrays: dict[str, Array]) -> bytes:
-    return b"".join(encode_file(layout, index, arrays))
+def file_of(layout: Layout, index: int, arrays: Arrays, base: Arrays | None = None) -> bytes:
+    return b"".join(encode_file(layout, index, arrays, base))
 
 
-def there_and_back(layout: Layout, arrays: dict[str, Array]) -> dict[str, Array]:
+def there_and_back(layout: Layout, arrays: Arrays, base: Arrays | None = None) -> dict[str, Array]:
     """What every peer gets of a model."""
     found: dict[str, list[Array]] = {tensor.name: [] for tensor in layout.spec.tensors}
     for chunk in layout.chunks:
-        values = decode_file(layout, chunk.index, file_of(layout, chunk.index, arrays))
+        file = file_of(layout, chunk.index, arrays, base)
+        values = decode_file(layout, chunk.index, file, base)
         for part, rows in zip(chunk.slices, values, strict=True):
             found[layout.spec.tensors[part.tensor].name].append(rows)
     return {
@@ -54,14 +64,14 @@ def test_a_model_comes_back_in_its_own_dtypes_and_shapes(
     spec: ModelSpec, compression: Compression, chunks: int, seed: int
 ) -> None:
     layout = cut(spec, compression, chunks=chunks)
-    arrays = finite_arrays(spec, seed)
-    back = there_and_back(layout, arrays)
+    arrays, base = finite_arrays(spec, seed), finite_arrays(spec, seed + 100)
+    back = there_and_back(layout, arrays, base)
     for tensor in spec.tensors:
         assert back[tensor.name].dtype == arrays[tensor.name].dtype
         assert back[tensor.name].shape == tensor.shape
         if not tensor.is_float:
             assert same_bits(back[tensor.name], arrays[tensor.name])
-    again = there_and_back(layout, arrays)
+    again = there_and_back(layout, arrays, base)
     assert all(same_bits(back[name], again[name]) for name in back)
 
 
@@ -73,7 +83,8 @@ def test_a_file_has_the_size_that_the_layout_says(
     layout = cut(spec, compression, chunks=chunks)
     for chunk in layout.chunks:
         least, most = layout.file_bounds(chunk.index)
-        assert least <= len(file_of(layout, chunk.index, finite_arrays(spec, 1))) <= most
+        file = file_of(layout, chunk.index, finite_arrays(spec, 1), finite_arrays(spec, 2))
+        assert least <= len(file) <= most
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
@@ -162,11 +173,12 @@ def test_whatever_a_file_holds_only_its_owner_is_blamed(
 ) -> None:
     spec = ModelSpec((TensorSpec("a", "F32", (6, 8)), TensorSpec("n", "I64", ())))
     layout = cut(spec, compression, chunks=1)
-    data = bytearray(file_of(layout, 0, finite_arrays(spec, 1)))
+    base = finite_arrays(spec, 2)
+    data = bytearray(file_of(layout, 0, finite_arrays(spec, 1), base))
     place %= len(data)
     data[place : place + len(noise)] = noise
     try:
-        values = decode_file(layout, 0, bytes(data))
+        values = decode_file(layout, 0, bytes(data), base)
     except RemoteProtocolError:
         return
     shapes = [array.shape for array in values]
@@ -182,7 +194,147 @@ def test_a_name_that_a_codec_needs_is_told() -> None:
 
 def test_int8_takes_a_quarter_and_the_halves_a_half() -> None:
     spec = one("F32", 512, 512)
-    arrays = finite_arrays(spec, 1)
-    sizes = {c.codec: len(file_of(cut(spec, c, chunks=1), 0, arrays)) for c in COMPRESSIONS}
-    assert sizes["int8"] < 0.26 * sizes["none"]
-    assert sizes["fp16"] < 0.51 * sizes["none"]
+    arrays, base = finite_arrays(spec, 1), finite_arrays(spec, 2)
+
+    def size(compression: Compression) -> int:
+        return len(file_of(cut(spec, compression, chunks=1), 0, arrays, base))
+
+    plain = size(Compression())
+    assert size(Compression("int8")) < 0.26 * plain
+    assert size(Compression("fp16")) < 0.51 * plain
+    assert size(Compression("bf16", delta=True)) < 0.51 * plain
+    assert size(Compression("topk", topk_share=0.05)) < 0.11 * plain
+
+
+def test_a_change_is_sent_more_finely_than_the_weights_are() -> None:
+    """Weights near 100 that moved by about 0.01: what int8 rounds is the move."""
+    spec = one("F32", 16, 32)
+    moved = np.random.default_rng(1).standard_normal((16, 32)) / 100
+    base: dict[str, Array] = {"w": np.full((16, 32), 100, np.float32)}
+    arrays: dict[str, Array] = {"w": (100 + moved).astype(np.float32)}
+
+    def error(compression: Compression) -> float:
+        back = there_and_back(cut(spec, compression), arrays, base)["w"]
+        return float(np.abs(np.asarray(back, float) - np.asarray(arrays["w"], float)).max())
+
+    assert error(Compression("int8", delta=True)) < 0.04 / 127
+    assert error(Compression("int8")) > 0.04
+
+
+def test_topk_sends_the_largest_changes_and_leaves_the_others_at_the_base() -> None:
+    layout = cut(one("F32", 3, 4), Compression("topk", topk_share=0.25), chunks=1)
+    base: dict[str, Array] = {"w": np.ones((3, 4), np.float32)}
+    values = np.ones((3, 4), np.float32)
+    values[0, 1], values[1, 0], values[2, 3], values[2, 2] = -8, 5, 1.5, 3
+    back = there_and_back(layout, {"w": values}, base)["w"]
+    values[2, 3] = 1
+    assert same_bits(back, values)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_what_was_sent_and_what_is_left_is_all_that_changed(dtype: str, chunks: int) -> None:
+    spec = ModelSpec((TensorSpec("w", dtype, (12, 8)), TensorSpec("n", "I64", (3,))))
+    layout = cut(spec, Compression("topk", topk_share=0.1), chunks=chunks)
+    base = finite_arrays(spec, 0)
+    wide = np.float64 if dtype == "F64" else np.float32
+    unsent: dict[str, Array] = {"w": np.zeros((12, 8), wide)}
+    changed = np.zeros((12, 8))
+    for round in range(1, 30):
+        arrays = finite_arrays(spec, round)
+        changed += widen(dtype, arrays["w"]).astype(float) - widen(dtype, base["w"])
+        left: dict[str, Array] = {"w": np.full((12, 8), np.nan, wide)}
+
+        def keep(part: TensorSlice, rows: Array, into: Arrays = left) -> None:
+            slice_of(into["w"], part)[...] = rows
+
+        got = np.empty((12, 8), float)
+        for chunk in layout.chunks:
+            file = b"".join(encode_file(layout, chunk.index, arrays, base, unsent, keep))
+            values = decode_file(layout, chunk.index, file, base)
+            for part, rows in zip(chunk.slices, values, strict=True):
+                if part.tensor == 0:
+                    got[part.start : part.stop] = widen(dtype, rows)
+        changed -= got - widen(dtype, base["w"])
+        unsent = left
+        np.testing.assert_allclose(np.asarray(unsent["w"], float), changed, atol=1e-4)
+    assert np.abs(changed).max() > 1  # something was left out indeed
+
+
+@pytest.mark.parametrize(
+    "index", [[0, 12], [-1, 3], [3, 3], [5, 2]], ids=["beyond", "negative", "repeated", "unordered"]
+)
+def test_bad_indices_are_their_owners_fault(index: list[int]) -> None:
+    form = slice_form(Compression("topk", topk_share=0.1), "F32", (3, 4))
+    assert form.fields[0].shape == (2,)
+    arrays: list[Array] = [np.array(index, np.int32), np.ones(2, np.float32)]
+    with pytest.raises(RemoteProtocolError, match="indices that are out of range, repeated or not"):
+        decode_slice(form, arrays, np.zeros((3, 4), np.float32))
+
+
+class TestZstd:
+    layout = cut(one("F32", 64, 64), Compression(zstd_level=3), chunks=1)
+    size = layout.form(0).size
+
+    def test_it_packs_what_can_be_packed(self) -> None:
+        arrays: dict[str, Array] = {"w": np.zeros((64, 64), np.float32)}
+        assert len(file_of(self.layout, 0, arrays)) < 300
+        assert same_bits(there_and_back(self.layout, arrays)["w"], arrays["w"])
+
+    def test_a_frame_of_noise_keeps_to_the_bound(self) -> None:
+        noise = np.random.default_rng(1).bytes(1 << 20)
+        assert len(noise) < len(zstd.pack(noise, 19)) <= zstd.largest_frame(len(noise))
+        assert len(zstd.pack(b"", 1)) <= zstd.largest_frame(0)
+
+    def refuse(self, frame: bytes, says: str) -> None:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteProtocolError, match=says):
+                decode_file(self.layout, 0, frame)
+            assert tracemalloc.get_traced_memory()[1] < (1 << 20)
+        finally:
+            tracemalloc.stop()
+
+    def test_a_bomb_is_refused_before_it_is_unpacked(self) -> None:
+        bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))
+        assert len(bomb) < self.layout.file_bounds(0)[1]  # the manifest lets it through
+        self.refuse(bomb, "chunk 0 has a zstd frame of 268435456 bytes in place of")
+
+    def test_a_bomb_that_declares_the_right_size_is_refused(self) -> None:
+        bomb = bytearray(zstandard.ZstdCompressor().compress(bytes(1 << 24)))
+        honest = zstandard.ZstdCompressor().compress(bytes(self.size))
+        frame = honest[: zstandard.frame_header_size(honest)]
+        frame += bytes(bomb[zstandard.frame_header_size(bytes(bomb)) :])
+        assert zstandard.get_frame_parameters(frame).content_size == self.size
+        self.refuse(frame, "a damaged zstd frame")
+
+    def test_no_declared_size_is_refused(self) -> None:
+        content = bytes(self.size)
+        self.refuse(
+            zstandard.ZstdCompressor(write_content_size=False).compress(content), "in place of"
+        )
+
+    def test_what_is_cut_short_or_followed_by_more_is_refused(self) -> None:
+        arrays = finite_arrays(self.layout.spec, 1)
+        good = file_of(self.layout, 0, arrays)
+        for cut_at in (0, 1, 5, len(good) // 2, len(good) - 1):
+            self.refuse(good[:cut_at], "zstd frame")
+        self.refuse(good + b"\0", "zstd frame")
+        self.refuse(good + good, "zstd frame")
+
+
+@given(st.binary(max_size=300))
+def test_noise_in_place_of_a_frame_is_its_owners_fault(noise: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="chunk 0 has"):
+        decode_file(TestZstd.layout, 0, noise)
+
+
+def test_every_compression_has_a_name_of_its_own() -> None:
+    for name in {compression.name for compression in COMPRESSIONS}:
+        equal = [c for c in COMPRESSIONS if c.name == name]
+        spec = one("F32", 64, 4)
+        assert len({cut(spec, c).form(0).fields for c in equal}) == 1
+        assert len({c.zstd_level for c in equal}) == 1
+    assert Compression("int8", delta=True, zstd_level=3).name == "delta+int8+zstd:3"
+    assert Compression("topk", delta=True, topk_share=0.1).name == "topk:0.1"
+    assert Compression(topk_share=0.5).is_plain

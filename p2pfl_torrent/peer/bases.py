@@ -1,0 +1,89 @@
+"""The models that updates began from, and what this peer's own updates left out.
+
+Of use only where the swarm sends changes (``chunk.delta``, ``topk``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from p2pfl_torrent.core.chunking import Layout, TensorSlice
+from p2pfl_torrent.core.encoding import KeepUnsent
+from p2pfl_torrent.core.manifest import Manifest, UpdateId
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, TensorSpec
+from p2pfl_torrent.store import Checkpoints, Store, StoreError
+
+KEPT_RESIDUALS = 2  # the one of the update that is being made, and the one before it
+
+
+class Bases:
+    """Finds the base that a manifest names among the checkpoints of this peer."""
+
+    def __init__(
+        self, layout: Layout, store: Store, checkpoints: Checkpoints, initial: bytes
+    ) -> None:
+        self._is_needed = layout.compression.needs_base
+        self._store = store
+        self._checkpoints = checkpoints
+        self._initial = initial
+
+    def of(self, manifests: Iterable[Manifest]) -> dict[UpdateId, Arrays | None]:
+        """The base of each, mapped; None where it is not here, or nothing needs it."""
+        named = {manifest.update: manifest.header.base_hash for manifest in manifests}
+        found = {base: self._find(base) for base in set(named.values())}
+        return {update: found[base] for update, base in named.items()}
+
+    def missing(self, bases: dict[UpdateId, Arrays | None]) -> set[UpdateId]:
+        """The updates that cannot be read for want of their base."""
+        return {update for update, base in bases.items() if base is None and self._is_needed}
+
+    def _find(self, base_hash: bytes) -> Arrays | None:
+        if not self._is_needed:
+            return None
+        round = 0 if base_hash == self._initial else self._store.round_of(base_hash)
+        if round is None or not self._checkpoints.path(round).exists():
+            return None
+        return self._checkpoints.load(round)
+
+
+class Residuals:
+    """What this peer's updates left out, kept so that a restart goes on adding it.
+
+    ``<state>/unsent/checkpoints/round-N.safetensors``: after the update of round N, durable before
+    that is published.
+    """
+
+    def __init__(self, state_dir: Path, layout: Layout) -> None:
+        tensors = layout.spec.tensors
+        floats = [index for index, tensor in enumerate(tensors) if tensor.is_float]
+        self._place = {index: place for place, index in enumerate(floats)}
+        spec = ModelSpec(
+            tuple(
+                TensorSpec(t.name, "F64" if t.dtype == "F64" else "F32", t.shape)
+                for t in (tensors[index] for index in floats)
+            )
+        )
+        self._kept = Checkpoints(state_dir / "unsent", spec)
+
+    def before(self, round: int) -> Arrays | None:
+        """What is left of the updates before a round; None if there was none, or it is damaged."""
+        earlier = [kept for kept in self._kept.rounds() if kept < round]
+        if not earlier:
+            return None
+        try:
+            return self._kept.load(earlier[-1])
+        except StoreError:  # its loss costs some learning; refusing to go on would cost all
+            return None
+
+    @contextmanager
+    def draft(self, round: int) -> Iterator[KeepUnsent]:
+        """Takes what the update of a round leaves out, every slice of floats once."""
+        with self._kept.draft(round) as draft:
+
+            def keep(part: TensorSlice, rows: Array) -> None:
+                draft.put(TensorSlice(self._place[part.tensor], part.start, part.stop), rows)
+
+            yield keep
+        self._kept.prune(KEPT_RESIDUALS)

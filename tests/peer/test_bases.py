@@ -1,0 +1,141 @@
+"""What an update began from, and what it left out: kept, and told where it is gone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from p2pfl_torrent.core.chunking import TensorSlice, plan
+from p2pfl_torrent.core.compression import Compression
+from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
+from p2pfl_torrent.peer.bases import Residuals
+from tests.peer.processes import Member as Process
+from tests.peer.processes import bootstrap_node, swarm, until
+from tests.peer.swarms import Member, all_done
+from tests.peer.swarms import swarm as members_of
+
+TOPK = {"compression": "topk", "topk_share": 0.05}
+SPEC = ModelSpec((TensorSpec("n", "I64", (2,)), TensorSpec("w", "BF16", (4, 2))))
+LAYOUT = replace(plan(SPEC, num_chunks=1, block_size=64), compression=Compression("topk"))
+
+
+def keep(residuals: Residuals, round: int, value: float) -> None:
+    with residuals.draft(round) as take:
+        take(TensorSlice(1, 0, 3), np.full((3, 2), value, np.float32))
+        take(TensorSlice(1, 3, 4), np.full((1, 2), value, np.float32))
+
+
+def test_what_was_left_out_is_there_after_a_restart(tmp_path: Path) -> None:
+    keep(Residuals(tmp_path, LAYOUT), 1, 0.25)
+    again = Residuals(tmp_path, LAYOUT)
+    assert again.before(1) is None  # round 1 may have to be done once more
+    found = again.before(5)  # rounds may have been missed
+    assert found is not None
+    assert found.keys() == {"w"}
+    assert found["w"].dtype == np.float32
+    assert (found["w"] == 0.25).all()
+
+
+def test_an_update_that_is_cut_short_leaves_what_was_kept(tmp_path: Path) -> None:
+    residuals = Residuals(tmp_path, LAYOUT)
+    keep(residuals, 1, 0.25)
+    with pytest.raises(ZeroDivisionError):
+        with residuals.draft(2) as take:
+            take(TensorSlice(1, 0, 3), np.ones((3, 2), np.float32))
+            raise ZeroDivisionError
+    assert residuals.before(3) is not None
+    keep(residuals, 2, 0.5)
+    keep(residuals, 3, 0.75)
+    first, second = residuals.before(3), residuals.before(4)
+    assert first is not None
+    assert second is not None
+    assert (first["w"][0, 0], second["w"][0, 0]) == (0.5, 0.75)
+    assert residuals.before(2) is None  # two are kept
+
+
+def test_a_damaged_one_is_as_none(tmp_path: Path) -> None:
+    residuals = Residuals(tmp_path, LAYOUT)
+    keep(residuals, 1, 0.25)
+    [path] = (tmp_path / "unsent" / "checkpoints").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert residuals.before(2) is None
+
+
+async def test_a_change_of_weights_that_are_not_here_is_left_out_and_told() -> None:
+    """Who has come to other weights is not merged by those that lack them."""
+
+    async def lose(member: Member, round: int) -> None:
+        if member.number == 1 and round == 2:  # as if it had closed round 1 with other chunks
+            rounds = member.node._rounds
+            path = rounds._checkpoints.path(1)
+            arrays = {name: array.copy() for name, array in rounds._checkpoints.load(1).items()}
+            path.unlink()
+            rounds._checkpoints.save(1, {name: array + 1 for name, array in arrays.items()})
+            rounds.base_hash = bytes(32)
+            rounds._store.finish_round(1, "complete", rounds.base_hash, b"{}", ())
+
+    chunk = {"compression": "int8", "delta": True}
+    async with members_of(3, before_exchange=lose, chunk=chunk) as members:
+        await all_done(members)
+    strange = members[0].id
+    for member in members[1:]:
+        told = {owner.owner: owner.status for owner in member.reports[1].owners}
+        assert told.pop(strange) == "another base"
+        assert set(told.values()) == {"complete"}
+    assert members[1].reports[1].model_hash == members[2].reports[1].model_hash
+    told = {owner.owner: owner.status for owner in members[0].reports[1].owners}
+    assert told.pop(strange) == "complete"
+    assert set(told.values()) == {"another base"}
+
+
+def comings(member: Process, of: str) -> int:
+    """How often a member saw another one come."""
+    changes = [value for kind, value in member.told if kind == "MemberChanged"]
+    return sum(v["member"] == of and v["change"] in ("joined", "returned") for v in changes)
+
+
+def left_out(path: Path) -> float:
+    """Norm of what one file of residuals holds."""
+    return float(np.sqrt(sum(np.square(rows).sum() for rows in load_file(path).values())))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_peer_goes_on_with_what_it_left_out(tmp_path: Path) -> None:
+    sections = {
+        "federate": {"client_num": 2, "total_round_num": 3, "join_timeout": 100.0},
+        "topology": {"type": "full"},
+        "bittorrent": {"timeout": 60.0},
+        "chunk": TOPK,
+    }
+    state, kept = str(tmp_path / "state"), tmp_path / "state" / "unsent" / "checkpoints"
+    with bootstrap_node() as (_, address), swarm(tmp_path, sections) as fleet:
+        stays = fleet.start([address])
+        dies = fleet.start([address], state)
+        for member in (stays, dies):
+            member.wait_for("addrs")
+        for member in (stays, dies):
+            member.go()
+        assert stays.report(1)["model_hash"] == dies.report(1)["model_hash"]
+        dies.wait_for("RoundStarted", round=2)
+        dies.kill()
+        before = left_out(kept / "round-1.safetensors")
+        seen = comings(stays, dies.peer_id)
+        again = fleet.start([address], state)
+        again.wait_for("RoundStarted", round=2)
+        again.wait_for("MemberChanged", member=stays.peer_id)
+        until(lambda: comings(stays, dies.peer_id) > seen, [stays], "return of the killed")
+        for round in (2, 3):
+            for member in (stays, again):
+                member.go()
+            reports = [member.report(round) for member in (stays, again)]
+            assert {report["closed_by"] for report in reports} == {"complete"}
+            assert len({report["model_hash"] for report in reports}) == 1
+        names = sorted(path.name for path in kept.iterdir())
+        assert names == ["round-2.safetensors", "round-3.safetensors"]
+        # Two rounds' independent noise is sqrt(2) times one's; one alone would be as before.
+        assert left_out(kept / "round-2.safetensors") > 1.2 * before
