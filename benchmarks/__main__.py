@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "aggregate": "averaging updates on disk: GB per CPU-second beside plain numpy, memory",
+    "codecs": "each compression of chunk files: bytes, GB per CPU-second, largest error",
     "compare": "our round beside libtorrent's, gloo's, p2pfl's and a central server's",
     "connect": "a full mesh of processes coming up: seconds, and milliseconds a link",
     "control": "bytes and CPU of announcements and membership as the swarm grows",
