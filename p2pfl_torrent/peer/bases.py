@@ -5,35 +5,81 @@ Of use only where the swarm sends changes (``chunk.delta``, ``topk``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import trio
 
 from p2pfl_torrent.core.chunking import Layout, TensorSlice
 from p2pfl_torrent.core.encoding import KeepUnsent
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
+from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, TensorSpec
+from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.store import Checkpoints, Store, StoreError
 
+MAX_FETCHED = 2  # bases in one round: each is a model to fetch, and in memory while it is merged
 KEPT_RESIDUALS = 2  # the one of the update that is being made, and the one before it
 
 
 class Bases:
-    """Finds the base that a manifest names among the checkpoints of this peer."""
+    """Finds the base that a manifest names: among the checkpoints of this peer, else at others.
+
+    Args:
+        initial: hash of the swarm's start weights.
+        patience: seconds that fetching may take in one round.
+    """
 
     def __init__(
-        self, layout: Layout, store: Store, checkpoints: Checkpoints, initial: bytes
+        self,
+        layout: Layout,
+        store: Store,
+        checkpoints: Checkpoints,
+        catch_up: CatchUp,
+        initial: bytes,
+        patience: float,
     ) -> None:
         self._is_needed = layout.compression.needs_base
         self._store = store
         self._checkpoints = checkpoints
+        self._catch_up = catch_up
         self._initial = initial
+        self._patience = patience
 
     def of(self, manifests: Iterable[Manifest]) -> dict[UpdateId, Arrays | None]:
         """The base of each, mapped; None where it is not here, or nothing needs it."""
         named = {manifest.update: manifest.header.base_hash for manifest in manifests}
         found = {base: self._find(base) for base in set(named.values())}
         return {update: found[base] for update, base in named.items()}
+
+    async def fetch(
+        self, manifests: Sequence[Manifest], bases: dict[UpdateId, Arrays | None]
+    ) -> dict[UpdateId, Arrays | None]:
+        """``bases`` with some of the missing ones, from the owners that have them.
+
+        At most ``MAX_FETCHED`` models are taken, in ``patience`` seconds, those first from which
+        the most updates began: who names a base that nobody has holds nobody up for longer.
+        """
+        missing = self.missing(bases)
+        owners: defaultdict[bytes, list[PeerId]] = defaultdict(list)
+        for manifest in manifests:
+            if manifest.update in missing:
+                owners[manifest.header.base_hash].append(manifest.owner)
+        wanted = sorted(owners, key=lambda base: (-len(owners[base]), base))[:MAX_FETCHED]
+        fetched: dict[bytes, Arrays | None] = {}
+        with trio.move_on_after(self._patience):
+            for base_hash in wanted:
+                for owner in sorted(owners[base_hash]):
+                    fetched[base_hash] = await self._catch_up.fetch(owner, base_hash)
+                    if fetched[base_hash] is not None:
+                        break
+        named = {manifest.update: manifest.header.base_hash for manifest in manifests}
+        return {
+            update: fetched.get(named[update]) if update in missing else base
+            for update, base in bases.items()
+        }
 
     def missing(self, bases: dict[UpdateId, Arrays | None]) -> set[UpdateId]:
         """The updates that cannot be read for want of their base."""

@@ -387,6 +387,15 @@ class Node:
             return None
         return round, self._rounds.base_hash, path.stat().st_size
 
+    def kept_state(self, base_hash: bytes) -> tuple[int, int] | None:
+        """Start weights of an earlier round, where others may need them to read a change."""
+        if not self._layout.compression.needs_base:
+            return None
+        before = self._store.round_of(base_hash)
+        if before is None or not self._checkpoints.path(before).exists():
+            return None
+        return before + 1, self._checkpoints.path(before).stat().st_size
+
     def read_state(self, round: int, offset: int, size: int) -> bytes:
         """Bytes of the checkpoint that a round starts from."""
         with self._checkpoints.path(max(0, round - 1)).open("rb") as file:

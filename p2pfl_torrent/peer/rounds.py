@@ -28,6 +28,7 @@ from p2pfl_torrent.store import Checkpoints, Store
 
 TAKEN = "late"  # how a round was closed whose aggregate is another peer's
 WRITTEN_AT_A_TIME = 1 << 20  # bytes of an update between two turns of the network: under 1 ms
+FETCH_SHARE = 0.05  # of the exchange window, for bases that are not here: 30 s by default
 KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
 
 
@@ -99,7 +100,8 @@ class Rounds:
         self._scorer = scorer
         self._feed = feed
         self._enabled = enabled
-        self._bases = Bases(layout, store, checkpoints, self.base_hash)
+        patience = FETCH_SHARE * genesis.terms.rounds.exchange_timeout
+        self._bases = Bases(layout, store, checkpoints, catch_up, self.base_hash, patience)
         self._residuals = residuals
         self._kept_checkpoints = KEPT_CHECKPOINTS
         if layout.compression.needs_base:  # an old update may fill, and needs what it began from
@@ -315,7 +317,8 @@ class Rounds:
         metrics: Mapping[str, float],
     ) -> Merged:
         chunks = contributions(self._layout, close)
-        bases = self._bases.of(self._manifests(chunks))
+        manifests = self._manifests(chunks)
+        bases = await self._bases.fetch(manifests, self._bases.of(manifests))
         baseless = self._bases.missing(bases)
         chunks = {
             chunk: [source for source in sources if source[1] not in baseless]

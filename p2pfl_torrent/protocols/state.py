@@ -72,6 +72,10 @@ class StateSource(Protocol):
         """(round, base hash, checkpoint bytes) now, or None while there is none to give."""
         ...
 
+    def kept_state(self, base_hash: bytes) -> tuple[int, int] | None:
+        """(round, checkpoint bytes) of an earlier round's start weights, if they can be given."""
+        ...
+
     def read_state(self, round: int, offset: int, size: int) -> bytes:
         """Bytes of the checkpoint that ``round`` starts from; OSError once it is gone."""
         ...
@@ -92,6 +96,10 @@ async def serve_state(stream: ByteStream, swarm: bytes, source: StateSource) -> 
         await _write(stream, NoState("catching up"))
     else:
         round, base_hash, size = state
+        if question.send and question.expected not in (b"", base_hash):
+            kept = source.kept_state(question.expected)
+            if kept is not None:
+                (round, size), base_hash = kept, question.expected
         follows = question.send and question.expected in (b"", base_hash)
         await _write(stream, State(round, base_hash, size, follows))
         if follows and not await _send(stream, source, round, size):

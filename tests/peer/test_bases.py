@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from p2pfl_torrent.core.chunking import TensorSlice, plan
 from p2pfl_torrent.core.compression import Compression
-from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
+from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec, model_hash
 from p2pfl_torrent.peer.bases import Residuals
 from tests.peer.processes import Member as Process
 from tests.peer.processes import bootstrap_node, swarm, until
@@ -65,31 +65,53 @@ def test_a_damaged_one_is_as_none(tmp_path: Path) -> None:
     assert residuals.before(2) is None
 
 
-async def test_a_change_of_weights_that_are_not_here_is_left_out_and_told() -> None:
-    """Who has come to other weights is not merged by those that lack them."""
+def stray(member: Member, claimed: bytes | None = None) -> None:
+    """As if it had closed round 1 with other chunks than the rest."""
+    rounds = member.node._rounds
+    arrays = {
+        name: np.asarray(np.asarray(rows, np.float32) + 1)
+        for name, rows in rounds._checkpoints.load(1).items()
+    }
+    rounds._checkpoints.save(1, arrays)
+    rounds.base_hash = claimed or model_hash(member.node._layout.spec, arrays)
+    rounds._store.finish_round(1, "complete", rounds.base_hash, b"{}", ())
 
-    async def lose(member: Member, round: int) -> None:
-        if member.number == 1 and round == 2:  # as if it had closed round 1 with other chunks
-            rounds = member.node._rounds
-            path = rounds._checkpoints.path(1)
-            arrays = {name: array.copy() for name, array in rounds._checkpoints.load(1).items()}
-            path.unlink()
-            rounds._checkpoints.save(1, {name: array + 1 for name, array in arrays.items()})
-            rounds.base_hash = bytes(32)
-            rounds._store.finish_round(1, "complete", rounds.base_hash, b"{}", ())
 
-    chunk = {"compression": "int8", "delta": True}
-    async with members_of(3, before_exchange=lose, chunk=chunk) as members:
+def statuses(member: Member) -> dict[str, str]:
+    return {owner.owner: owner.status for owner in member.reports[1].owners}
+
+
+CHANGES = {"compression": "int8", "delta": True}
+
+
+async def test_a_base_that_is_not_here_is_fetched_from_who_has_it() -> None:
+    """Peers that had come apart end the next round with the same bits again."""
+
+    async def part(member: Member, round: int) -> None:
+        if member.number == 1 and round == 2:
+            stray(member)
+
+    async with members_of(3, before_exchange=part, chunk=CHANGES) as members:
+        await all_done(members)
+    assert all(set(statuses(member).values()) == {"complete"} for member in members)
+    assert len({member.reports[1].model_hash for member in members}) == 1
+    assert {member.reports[1].agreement for member in members} == {0.0, 0.5}
+
+
+async def test_a_change_of_weights_that_nobody_has_is_left_out_and_told() -> None:
+    async def lie(member: Member, round: int) -> None:
+        if member.number == 1 and round == 2:
+            stray(member, claimed=bytes(32))
+
+    async with members_of(3, before_exchange=lie, chunk=CHANGES) as members:
         await all_done(members)
     strange = members[0].id
     for member in members[1:]:
-        told = {owner.owner: owner.status for owner in member.reports[1].owners}
+        told = statuses(member)
         assert told.pop(strange) == "another base"
         assert set(told.values()) == {"complete"}
     assert members[1].reports[1].model_hash == members[2].reports[1].model_hash
-    told = {owner.owner: owner.status for owner in members[0].reports[1].owners}
-    assert told.pop(strange) == "complete"
-    assert set(told.values()) == {"another base"}
+    assert set(statuses(members[0]).values()) == {"complete"}  # it fetched theirs
 
 
 def comings(member: Process, of: str) -> int:

@@ -27,6 +27,7 @@ VECTORS: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "vectors" / "state.json").read_text(encoding="utf-8")
 )
 SWARM, HASH, OTHER = bytes(range(32)), bytes(range(32, 64)), bytes(32)
+KEPT = b"\x01" * 32  # of an earlier round
 
 
 class MemoryStream:
@@ -82,6 +83,9 @@ class Member:
 
     def current_state(self) -> tuple[int, bytes, int] | None:
         return self._state
+
+    def kept_state(self, base_hash: bytes) -> tuple[int, int] | None:
+        return (2, len(self._data)) if base_hash == KEPT else None
 
     def read_state(self, round: int, offset: int, size: int) -> bytes:
         if self._parts == 0:
@@ -139,6 +143,12 @@ async def test_a_checkpoint_comes_whole(size: int) -> None:
 async def test_a_member_that_moved_on_sends_nothing() -> None:
     assert await fetched(Member((4, OTHER, 1000), bytes(1000))) == b""
     assert await fetched(Member(None)) == b""
+
+
+async def test_an_earlier_rounds_start_is_sent_where_it_is_kept() -> None:
+    data = bytes(range(256)) * 3000
+    assert await fetched(Member((3, HASH, 10), data), KEPT) == data
+    assert await claim_of(Member((3, HASH, 10), data)) == State(3, HASH, 10, follows=False)
 
 
 async def test_a_checkpoint_that_is_gone_in_mid_transfer_ends_the_stream() -> None:
