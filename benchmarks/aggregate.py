@@ -5,8 +5,10 @@
 Beside it, in turns, the same job as one would write it with numpy: every update read as a whole,
 float64 sums over whole tensors, then hash and file. GB are those of the updates that are read, from
 the page cache; seconds are CPU-seconds of the process, so that other work on the machine does not
-count. ``ratio_sums`` compares the sums alone, all updates being in memory. ``rss_peak_mb`` is the
-anonymous memory that our averaging takes beyond what was there before.
+count. With ``--aggregator`` another rule is timed against the same FedAvg in numpy; bits are
+compared by FedAvg's in any case. ``ratio_sums`` compares FedAvg's sums alone, all updates being in
+memory. ``rss_peak_mb`` is the anonymous memory that our merging takes beyond what was there
+before.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import numpy as np
 
 from benchmarks.member import Spec, anonymous_bytes, model, peak_memory, weights
 from benchmarks.output import add_json, median, write
-from p2pfl_torrent.core.aggregation import Source, aggregate
+from p2pfl_torrent.core.aggregation import aggregate
+from p2pfl_torrent.core.aggregators import FEDAVG, Aggregator, make_aggregator
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, plan
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -46,7 +49,7 @@ class Files:
         """A chunk's file, mapped."""
         return map_file(self.directory / f"{update.hex()}-{chunk}")
 
-    def sources(self) -> dict[int, list[Source]]:
+    def sources(self) -> dict[int, list[tuple[PeerId, UpdateId, float]]]:
         """All chunks of all updates, with their weights."""
         listed = [
             (PeerId(f"peer{k:05}"), UpdateId(k.to_bytes(4, "big")), WEIGHTS[k % len(WEIGHTS)])
@@ -83,7 +86,7 @@ def made(shapes: ModelSpec, updates: int, directory: Path) -> Files:
     return Files(layout, directory, updates)
 
 
-def ours(files: Files, checkpoints: Checkpoints) -> bytes:
+def ours(files: Files, checkpoints: Checkpoints, aggregator: Aggregator = FEDAVG) -> bytes:
     """From chunk files to a checkpoint; the aggregate's hash."""
     hasher = ModelHasher(files.layout.spec)
     with checkpoints.draft(1) as draft:
@@ -92,7 +95,7 @@ def ours(files: Files, checkpoints: Checkpoints) -> bytes:
             draft.put(part, rows)
             hasher.add(rows)
 
-        aggregate(files.layout, files.sources(), files.read, {}, keep)
+        aggregate(files.layout, files.sources(), files.read, {}, keep, aggregator=aggregator)
     return hasher.digest()
 
 
@@ -144,7 +147,9 @@ def timed(function: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def measure(updates: int, megabytes: float, repeats: int) -> dict[str, object]:
+def measure(
+    updates: int, megabytes: float, repeats: int, aggregator: Aggregator = FEDAVG
+) -> dict[str, object]:
     """In turns, so often."""
     shapes = model(Spec({}, 0, megabytes))
     before = anonymous_bytes()  # here: malloc keeps what the making of files took, and gives it on
@@ -153,9 +158,11 @@ def measure(updates: int, megabytes: float, repeats: int) -> dict[str, object]:
         files = made(shapes, updates, directory)
         store = Checkpoints(directory, shapes)
         with peak_memory() as peak:
-            ours(files, store)  # not timed: the page cache and numpy's loops get warm
+            ours(files, store, aggregator)  # not timed: the page cache and numpy's loops get warm
         rows = [
-            Row(timed(lambda: ours(files, store)), timed(lambda: by_numpy(files, store)))
+            Row(
+                timed(lambda: ours(files, store, aggregator)), timed(lambda: by_numpy(files, store))
+            )
             for _ in range(repeats)
         ]
         sums = _sums(files, repeats)
@@ -163,6 +170,7 @@ def measure(updates: int, megabytes: float, repeats: int) -> dict[str, object]:
     gigabytes = updates * shapes.nbytes / 1e9
     return {
         "updates": updates,
+        "aggregator": aggregator.name,
         "megabytes": shapes.nbytes / 1e6,
         "gb_per_s": gigabytes / median([row.cpu_s for row in rows]),
         "numpy_gb_per_s": gigabytes / median([row.numpy_cpu_s for row in rows]),
@@ -194,10 +202,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--updates", type=int, default=10, metavar="N")
     parser.add_argument("--megabytes", type=float, default=23.5, metavar="M", help="of an update")
+    parser.add_argument("--aggregator", default="fedavg", metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     add_json(parser)
     args = parser.parse_args(argv)
-    result = measure(args.updates, args.megabytes, args.repeats)
+    aggregator = make_aggregator(args.aggregator)
+    result = measure(args.updates, args.megabytes, args.repeats, aggregator)
     names = ("gb_per_s", "numpy_gb_per_s", "ratio", "ratio_sums", "rss_peak_mb")
     rows = ["".join(f"{name:>16}" for name in names)]
     rows.append("".join(f"{result[name]:16.2f}" for name in names))

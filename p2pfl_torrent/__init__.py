@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from p2pfl_torrent.config import PeerConfig
+    from p2pfl_torrent.core.aggregators import AggregationTerms, Aggregator, register_aggregator
     from p2pfl_torrent.core.errors import ConfigError, GenesisMismatchError, P2PFLError
     from p2pfl_torrent.core.reports import OwnerReport, PeerEvent, PeerStatistics, RoundReport
     from p2pfl_torrent.peer import AsyncPeer, Peer, PeerStoppedError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AggregationTerms",
+    "Aggregator",
     "AsyncPeer",
     "ConfigError",
     "GenesisMismatchError",
@@ -24,6 +27,7 @@ __all__ = [
     "PeerStatistics",
     "PeerStoppedError",
     "RoundReport",
+    "register_aggregator",
 ]
 
 
@@ -35,6 +39,8 @@ def __getattr__(name: str) -> Any:
         from p2pfl_torrent import peer as home
     elif name == "PeerConfig":
         from p2pfl_torrent import config as home
+    elif name in ("AggregationTerms", "Aggregator", "register_aggregator"):
+        from p2pfl_torrent.core import aggregators as home
     elif name in ("ConfigError", "GenesisMismatchError", "P2PFLError"):
         from p2pfl_torrent.core import errors as home
     elif name in ("OwnerReport", "PeerEvent", "PeerStatistics", "RoundReport"):

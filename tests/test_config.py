@@ -204,6 +204,8 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "network.listen": ["/ip4/127.0.0.1/tcp/1"], "network.announce": ["/ip4/1.2.3.4/tcp/1"],
         "network.bootstrap": [f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}"], "security.allow": [PEER],
         "chunk.compression": "int8", "chunk.delta": True, "chunk.zstd_level": 3,
+        "federate.aggregator": "fedmedian", "federate.trim_share": 0.1, "federate.byzantine": 2,
+        "federate.importance_weighting": True, "bittorrent.fill": "renormalise",
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)
@@ -219,7 +221,7 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
     # One value only, needs custom or topk, decided by the model spec, or read by join alone:
     untried = set(scopes) - set(other)
     assert {path for path in untried if not path.startswith("task.")} == {
-        "federate.mode", "federate.aggregator", "topology.custom_graph", "topology.members",
+        "federate.mode", "topology.custom_graph", "topology.members",
         "chunk.importance_config.l2_norm.depth_boost",
         "chunk.importance_config.l2_norm.normalize_by_size",
         "chunk.include", "chunk.exclude", "chunk.norm_policy", "chunk.topk_share",

@@ -23,7 +23,8 @@ _KEYS = {
     "rounds.exchange_timeout": "bittorrent.timeout",
     "rounds.min_completion_ratio": "bittorrent.min_completion_ratio",
     "rounds.fill_max_age": "bittorrent.fill_max_age",
-}  # the other rounds' terms are federate's keys of the same name
+    "rounds.fill": "bittorrent.fill",
+}  # the other terms of rounds and aggregation are federate's keys of the same name
 
 Outline = tuple[str, int, tuple[TensorSpec, ...]]
 """A fingerprint, the number of tensors, and the first of them."""
@@ -48,7 +49,7 @@ def explain(ours: Terms, theirs: Terms) -> str:
     text = difference(ours, alike)
     for path, key in _KEYS.items():
         text = re.sub(rf"(^|; ){re.escape(path)} is ", rf"\g<1>{key} is ", text)
-    told = [re.sub(r"(^|; )rounds\.", r"\g<1>federate.", text)] if text else []
+    told = [re.sub(r"(^|; )(?:rounds|aggregation)\.", r"\g<1>federate.", text)] if text else []
     if ours.model != theirs.model:
         told.append(_models(ours.model, theirs.model))
     elif ours.layout != theirs.layout:

@@ -29,6 +29,7 @@ from p2pfl_torrent.config.schema import (
     section,
     walk,
 )
+from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms, make_aggregator
 from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
 from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.errors import ConfigError
@@ -121,6 +122,12 @@ class PeerConfig:
                 f"({federate.client_num}): the first rounds would merge nothing."
             )
         self._check_topology()
+        aggregator = make_aggregator(federate.aggregator, self._aggregation())
+        if federate.importance_weighting and not aggregator.is_weighted:
+            raise ConfigError(
+                f"federate.importance_weighting is on, but {federate.aggregator} has no weights: "
+                "turn it off, or choose another federate.aggregator."
+            )
         return self
 
     def _check_addresses(self) -> None:
@@ -203,8 +210,19 @@ class PeerConfig:
                 max_staleness=federate.max_staleness,
                 fill_max_age=self.bittorrent.fill_max_age,
                 max_num_samples=federate.max_num_samples,
+                # Equal is not enough: what is usual is not encoded if it is the very default.
+                **({} if self.bittorrent.fill == "last" else {"fill": self.bittorrent.fill}),
             ),
             compression=layout.compression.name,
+            aggregation=USUAL if self._aggregation() == USUAL else self._aggregation(),
+        )
+
+    def _aggregation(self) -> AggregationTerms:
+        federate = self.federate
+        return AggregationTerms(
+            importance_weighting=federate.importance_weighting,
+            trim_share=federate.trim_share,
+            byzantine=federate.byzantine,
         )
 
     def new_run_id(self) -> str:

@@ -129,7 +129,37 @@ class FederateSection:
         "everyone gets every update; `distributed` is the seed's name for it",
         "plain FedAvg semantics",
     )
-    aggregator: Literal["fedavg"] = key("fedavg", GENESIS, "how updates become one model", "FedAvg")
+    aggregator: str = key(
+        "fedavg",
+        GENESIS,
+        "how updates become one model: `fedavg`, `fedprox`, `fedmedian`, `trimmed_mean`, `krum`, "
+        "`multi_krum`, or one that the program registered",
+        "best where all are honest; docs/how-to/aggregators.md says when to use which",
+        least=1,
+        most=64,
+    )
+    trim_share: float = key(
+        0.2,
+        GENESIS,
+        "share of the versions that `trimmed_mean` leaves out on each side",
+        "one dishonest peer in five",
+        least=0,
+        most=0.5,
+    )
+    byzantine: int = key(
+        1,
+        GENESIS,
+        "dishonest peers that `krum` and `multi_krum` are to withstand",
+        "its guarantee needs twice as many peers and three",
+        least=0,
+        most=MAX_COUNT,
+    )
+    importance_weighting: bool = key(
+        False,
+        GENESIS,
+        "weigh an owner's more important chunks more, by their ranks",
+        "no trial shows yet that it helps",
+    )
     min_members: int = key(
         2,
         GENESIS,
@@ -281,6 +311,13 @@ class BittorrentSection:
         "old values still beat none on starved links",
         least=0,
         most=1000,
+    )
+    fill: Literal["last", "renormalise", "round_start"] = key(
+        "last",
+        GENESIS,
+        "what stands in for an owner's missing chunk: its last received one, nothing, or the "
+        "round-start value",
+        "the last one kept peers closest in trials",
     )
     linger: float = key(
         10.0,

@@ -1,10 +1,10 @@
-"""Partial FedAvg: each chunk is averaged over the owners whose version of it is here.
+"""Partial aggregation: each chunk is merged over the owners whose version of it is here.
 
-Chunk k becomes sum(w_i x_ik) / sum(w_i) over the updates i that delivered it (McMahan et al. 2017,
-renormalised per chunk). Sums are element-wise in float64, owners in canonical order, with numpy's
-multiply and add only: no BLAS and no reduction whose order may vary, so peers that counted the
-same chunks hold the same bits. Whole models are never in memory: versions come from mapped files,
-and what is merged goes on slice by slice.
+By FedAvg, chunk k becomes sum(w_i x_ik) / sum(w_i) over the updates i that delivered it (McMahan
+et al. 2017, renormalised per chunk). Sums are element-wise in float64, owners in canonical order,
+with numpy's multiply and add only: no BLAS and no reduction whose order may vary, so peers that
+counted the same chunks hold the same bits. Whole models are never in memory: versions come from
+mapped files, and what is merged goes on slice by slice. Other rules are in ``aggregators``.
 """
 
 from __future__ import annotations
@@ -16,27 +16,32 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from p2pfl_torrent.core.aggregators import FEDAVG, Aggregator
 from p2pfl_torrent.core.chunking import ChunkLayout, Layout, TensorSlice, slice_of
 from p2pfl_torrent.core.encoding import decode_file
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.robust import Distances
 from p2pfl_torrent.core.tensors import (
     FLOAT_DTYPES,
     NUMPY_DTYPES,
     Array,
     Arrays,
-    bfloat16_to_float32,
     float64_to_bfloat16,
 )
+from p2pfl_torrent.core.tiles import TILE, floats, mean, mean_of_doubles
 
-TILE = 1 << 18  # elements summed at a time: accumulator and scratch (4 MiB) stay in the L2 cache
+MATRIX = 1 << 21  # elements of all versions at a time where a rule needs them at once: 16 MiB
 ALIGNMENT = 16  # bytes between the starts of two slices of a chunk in memory; no type is wider
 
 MAX_WEIGHT = float(1 << 53)  # num_samples can be no larger; times any float32 it is a float64
 
-Source = tuple[PeerId, UpdateId, float]
-"""(owner, update to read its chunk from, weight)."""
+Read = Callable[[UpdateId, int], bytes | memoryview]
+"""A chunk file's bytes, mapped rather than copied."""
+
+Source = tuple[PeerId, UpdateId | None, float]
+"""(owner, update to read its chunk from, or None for the round-start value, weight)."""
 
 Bases = Callable[[UpdateId], Arrays | None]
 """The model that an update names as its base."""
@@ -71,39 +76,87 @@ def discount(staleness: int) -> float:
 def aggregate(
     layout: Layout,
     sources: Mapping[int, Sequence[Source]],
-    read: Callable[[UpdateId, int], bytes | memoryview],
+    read: Read,
     start: Arrays,
     keep: Keep,
     bases: Bases = lambda _: None,
+    aggregator: Aggregator = FEDAVG,
 ) -> AggregateResult:
-    """Average chunk by chunk; the merged values of one chunk and two tiles are all that is held.
+    """Merge chunk by chunk; the merged values of one chunk and a few tiles are all that is held.
 
     Args:
-        sources: chunk index -> versions to average, in canonical order.
-        read: a chunk file's bytes, mapped rather than copied.
+        sources: chunk index -> versions to merge, in canonical order.
         start: round-start weights, kept for a chunk that nobody delivered.
         keep: called for every slice of the model once, in exchange order.
         bases: the model an update began from, of every update where the compression needs it.
+        aggregator: how versions become one. Where it has no weights, an owner has one voice per
+            chunk: its latest version.
 
     Raises:
-        LocalProtocolError: versions out of order, or a weight that is none.
+        LocalProtocolError: versions out of order, a weight that is none, or an aggregator of the
+            user's own that gave something else than finite values.
     """
     refused: list[RefusedChunk] = []
     untouched = 0
     scratch = _Scratch(layout)
-    for chunk in layout.chunks:
-        listed = sources.get(chunk.index, ())
+    for listed in sources.values():
         _check_sources(listed)
-        versions = _decoded(layout, chunk.index, listed, read, bases, refused)
+    origin = _Origin(read, start, bases)
+    chosen = _chosen(layout, sources, origin, aggregator, refused)
+    for chunk in layout.chunks:
+        listed = chosen.get(chunk.index, ())
+        versions = _decoded(layout, chunk.index, listed, origin, refused)
         merged = scratch.slices(chunk)
-        if not _average_chunk(layout, chunk, versions, merged, scratch):
+        if aggregator.combine is not None:
+            versions = _finite(layout, chunk.index, versions, refused)
+            _combine_chunk(layout, chunk, versions, merged, aggregator)
+        elif not _average_chunk(layout, chunk, versions, merged, scratch):
             versions = _finite(layout, chunk.index, versions, refused)
             _average_chunk(layout, chunk, versions, merged, scratch)
-        untouched += not versions
+        delivered = any(version.delivered for version in versions)
+        untouched += not delivered
         for part, array in zip(chunk.slices, merged, strict=True):
             name = layout.spec.tensors[part.tensor].name
-            keep(part, array if versions else slice_of(np.asarray(start[name]), part))
+            keep(part, array if delivered else slice_of(np.asarray(start[name]), part))
     return AggregateResult(tuple(refused), untouched)
+
+
+def _chosen(
+    layout: Layout,
+    sources: Mapping[int, Sequence[Source]],
+    origin: _Origin,
+    aggregator: Aggregator,
+    refused: list[RefusedChunk],
+) -> Mapping[int, Sequence[Source]]:
+    """What the aggregator merges of each chunk."""
+    if aggregator.is_weighted:
+        return sources
+    # The latest is the last of an owner's: canonical order is owner, then the round trained in.
+    heard = {
+        chunk: [(owner, update, 1.0) for owner, update in {o: u for o, u, _ in listed}.items()]
+        for chunk, listed in sources.items()
+    }
+    if aggregator.choose is None:
+        return heard
+    distances = Distances()
+    for chunk in layout.chunks:
+        delivered = [source for source in heard.get(chunk.index, ()) if source[1] is not None]
+        decoded = _decoded(layout, chunk.index, delivered, origin, refused)
+        versions = _finite(layout, chunk.index, decoded, refused)
+        sound = {version.owner: version.arrays for version in versions}
+        distances.add(chunk, layout, sound)
+        heard[chunk.index] = [s for s in delivered if s[0] in sound]
+    ranking = aggregator.choose(distances)
+    return {chunk: aggregator.of_the_best(ranking, listed) for chunk, listed in heard.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where values come from."""
+
+    read: Read
+    start: Arrays
+    bases: Bases
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +164,7 @@ class _Version:
     owner: PeerId
     weight: float
     arrays: list[Array]
+    delivered: bool
 
 
 class _Scratch:
@@ -141,21 +195,31 @@ def _decoded(
     layout: Layout,
     chunk: int,
     listed: Sequence[Source],
-    read: Callable[[UpdateId, int], bytes | memoryview],
-    bases: Bases,
+    origin: _Origin,
     refused: list[RefusedChunk],
 ) -> list[_Version]:
     """The versions of a chunk whose file is one; the others' owners go to ``refused``."""
     versions = []
     for owner, update, weight in listed:
+        if update is None:
+            versions.append(_Version(owner, weight, _start_of(layout, chunk, origin.start), False))
+            continue
         try:
-            arrays = decode_file(layout, chunk, read(update, chunk), bases(update))
+            arrays = decode_file(layout, chunk, origin.read(update, chunk), origin.bases(update))
             _refuse_untruths(layout, chunk, arrays)
         except RemoteProtocolError as error:
             refused.append(RefusedChunk(owner, chunk, error.reason))
         else:
-            versions.append(_Version(owner, weight, arrays))
+            versions.append(_Version(owner, weight, arrays, True))
     return versions
+
+
+def _start_of(layout: Layout, chunk: int, start: Arrays) -> list[Array]:
+    tensors = layout.spec.tensors
+    return [
+        slice_of(np.asarray(start[tensors[part.tensor].name]), part)
+        for part in layout.chunks[chunk].slices
+    ]
 
 
 def _finite(
@@ -191,6 +255,38 @@ def _average_chunk(
     return True
 
 
+def _combine_chunk(
+    layout: Layout,
+    chunk: ChunkLayout,
+    versions: Sequence[_Version],
+    merged: Sequence[Array],
+    aggregator: Aggregator,
+) -> None:
+    """Merge finite versions into ``merged`` by the aggregator's own rule."""
+    if not versions or aggregator.combine is None:
+        return
+    weights = tuple(version.weight for version in versions)
+    for position, (part, array) in enumerate(zip(chunk.slices, merged, strict=True)):
+        dtype = layout.spec.tensors[part.tensor].dtype
+        out, parts = array.reshape(-1), [v.arrays[position].reshape(-1) for v in versions]
+        if dtype not in FLOAT_DTYPES:
+            out[...] = np.sort(np.stack(parts), axis=0)[(len(parts) - 1) // 2]
+            continue
+        tile = max(1024, MATRIX // len(parts))
+        for begin in range(0, out.size, tile):
+            end = min(begin + tile, out.size)
+            values = np.empty((len(parts), end - begin), np.float64)
+            for row, part_values in zip(values, parts, strict=True):
+                row[...] = floats(dtype, part_values[begin:end])
+            values += 0.0  # -0.0 becomes 0.0: which of them a sort puts first is not defined
+            result = aggregator.combine(values, weights)
+            if result.shape != (end - begin,) or not np.isfinite(result).all():
+                raise LocalProtocolError(
+                    f"aggregator {aggregator.name!r} gave no finite value per element"
+                )
+            out[begin:end] = float64_to_bfloat16(result) if dtype == "BF16" else result
+
+
 def _check_sources(listed: Sequence[Source]) -> None:
     owners = [owner for owner, _, _ in listed]
     if owners != sorted(owners):
@@ -217,7 +313,7 @@ def all_finite(dtype: str, array: Array) -> bool:
     """Whether a float array holds neither NaN nor infinity; a tile at a time."""
     flat = array.reshape(-1)
     return all(
-        np.isfinite(_floats(dtype, flat[begin : begin + TILE])).all()
+        np.isfinite(floats(dtype, flat[begin : begin + TILE])).all()
         for begin in range(0, flat.size, TILE)
     )
 
@@ -252,58 +348,15 @@ def _average(
     for begin in range(0, out.size, TILE):
         end = min(begin + TILE, out.size)
         acc, scratch = accumulator[: end - begin], term[: end - begin]
-        tiles = [(weight, _floats(dtype, values[begin:end])) for weight, values in parts]
+        tiles = [(weight, floats(dtype, values[begin:end])) for weight, values in parts]
         if dtype == "F64":
-            _mean_of_doubles(tiles, acc, scratch)
+            mean_of_doubles(tiles, acc, scratch)
         else:
             with np.errstate(invalid="ignore"):  # infinities of both signs
-                _mean(tiles, acc, scratch)
+                mean(tiles, acc, scratch)
             # Finite values of the smaller types cannot overflow in float64 (see MAX_WEIGHT), and
             # what is not finite stays so in every sum: one look at the sum is one at each version.
             if not np.isfinite(acc).all():
                 return False
         out[begin:end] = float64_to_bfloat16(acc) if dtype == "BF16" else acc
     return True
-
-
-_Tiles = Sequence[tuple[float, npt.NDArray[np.floating]]]
-
-
-def _mean(tiles: _Tiles, acc: npt.NDArray[np.float64], term: npt.NDArray[np.float64]) -> None:
-    """sum(w x) / sum(w) into ``acc``, in this order and no other."""
-    # Widened first, then multiplied in place: numpy does both in one call, but 1.6 times slower.
-    total, values = tiles[0]
-    np.copyto(acc, values)
-    np.multiply(acc, total, out=acc)  # not from 0: -0.0 stays -0.0
-    for weight, values in tiles[1:]:
-        np.copyto(term, values)
-        np.multiply(term, weight, out=term)
-        np.add(acc, term, out=acc)
-        total += weight
-    np.divide(acc, total, out=acc)
-
-
-def _mean_of_doubles(
-    tiles: _Tiles, acc: npt.NDArray[np.float64], term: npt.NDArray[np.float64]
-) -> None:
-    """As ``_mean``, also where finite values times their weights are too large for float64."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        _mean(tiles, acc, term)
-    overflown = ~np.isfinite(acc)
-    if not overflown.any():
-        return
-    # A power of two that brings the weights' sum to 1 or less: nothing but the range changes.
-    shift = -math.frexp(math.fsum(weight for weight, _ in tiles))[1]
-    limit = np.finfo(np.float64).max
-    scaled = np.empty_like(acc)
-    with np.errstate(over="ignore"):
-        _mean([(math.ldexp(weight, shift), values) for weight, values in tiles], scaled, term)
-    np.clip(scaled, -limit, limit, out=scaled)  # the division may round up past the largest value
-    # Only where it is needed, so that a value never depends on its neighbours in the tile.
-    np.copyto(acc, scaled, where=overflown)
-
-
-def _floats(dtype: str, values: Array) -> npt.NDArray[np.floating]:
-    if dtype == "BF16":
-        return bfloat16_to_float32(values)  # type: ignore[arg-type]  # carried as its bits
-    return values  # type: ignore[return-value]  # a float dtype by the spec

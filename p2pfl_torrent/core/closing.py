@@ -162,8 +162,8 @@ def counts(
     """What goes into the aggregate, in canonical order.
 
     An update of this round counts with the chunks that are here, its missing ones filled with the
-    owner's last received. An update of which nothing is here yet, or a late one that is still
-    incomplete, is left for the next round while it is young enough.
+    owner's last received if the swarm agreed on that. An update of which nothing is here yet, or a
+    late one that is still incomplete, is left for the next round while it is young enough.
     """
     result: list[Count] = []
     counting = [
@@ -175,7 +175,9 @@ def counts(
     for known in counting:
         header = known.manifest.header
         staleness = round - header.round
-        fills = _fills(known, round, terms.fill_max_age, ledger, fresh)
+        fills = (
+            _fills(known, round, terms.fill_max_age, ledger, fresh) if terms.fill == "last" else {}
+        )
         result.append(
             Count(
                 manifest=known.manifest,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_GENESIS_BYTES = 32768
@@ -41,7 +42,7 @@ class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     members: tuple[str, ...]
 
 
-class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The clock and the completion rule.
 
     Attributes:
@@ -56,6 +57,8 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_staleness: rounds by which an update may be late and still count, discounted.
         fill_max_age: rounds for which an owner's last received chunk may fill a missing one.
         max_num_samples: bound on any owner's weight.
+        fill: what stands in for a missing chunk: "last", "renormalise" or "round_start"; not
+            encoded where it is "last".
     """
 
     total: Count
@@ -69,6 +72,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_staleness: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     fill_max_age: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     max_num_samples: Count
+    fill: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "last"
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -77,11 +81,12 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     Attributes:
         name: the swarm's name.
         mode: who gets whose update; "swarm": everyone everyone's.
-        aggregator: how updates become one model; "fedavg".
+        aggregator: how updates become one model, by its registered name.
         seed: of everything that all peers must draw alike (the overlay).
         model: the model spec's fingerprint, in a text of the peers' own making.
         layout: digest of the chunk layout.
         compression: ``Compression.name`` of the chunk files; not encoded where it is ``none``.
+        aggregation: the aggregator's settings; not encoded where they are the usual ones.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -93,6 +98,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     topology: TopologyTerms
     rounds: RoundTerms
     compression: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "none"
+    aggregation: AggregationTerms = USUAL
 
 
 class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,7 +179,14 @@ def difference(ours: Terms, theirs: Terms) -> str:
 
 def _whole(terms: Terms) -> dict[str, Any]:
     """With what is not encoded, being the default."""
-    return {**msgspec.to_builtins(terms), "compression": terms.compression}
+    rounds = {**msgspec.to_builtins(terms.rounds), "fill": terms.rounds.fill}
+    aggregation = msgspec.to_builtins(terms.aggregation)
+    return {
+        **msgspec.to_builtins(terms),
+        "compression": terms.compression,
+        "rounds": rounds,
+        "aggregation": aggregation,
+    }
 
 
 def _short(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What the closing of a round means for the average and for the report: pure functions."""
+"""What the closing of a round means for the report: pure functions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import OwnerReport
-
-
-def contributions(
-    layout: Layout, close: ev.CloseRound
-) -> dict[int, list[tuple[PeerId, UpdateId, float]]]:
-    """Chunk -> (owner, update to read it from, weight), in canonical order."""
-    chunks: dict[int, list[tuple[PeerId, UpdateId, float]]] = {
-        chunk.index: [] for chunk in layout.chunks
-    }
-    for count in close.counts:
-        sources = dict.fromkeys(count.chunks, count.manifest.update)
-        sources.update(count.fills)
-        for chunk, update in sources.items():
-            chunks[chunk].append((count.manifest.owner, update, count.weight))
-    return chunks
 
 
 def owner_reports(

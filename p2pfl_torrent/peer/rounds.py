@@ -10,7 +10,9 @@ import trio
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
+from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
+from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.encoding import KeepUnsent, decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
@@ -21,7 +23,7 @@ from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.bases import Bases, Residuals
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
-from p2pfl_torrent.peer.closings import contributions, owner_reports
+from p2pfl_torrent.peer.closings import owner_reports
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
@@ -94,6 +96,7 @@ class Rounds:
         self._swarm_id = genesis.swarm_id
         self._layout = layout
         self._store = store
+        self._aggregator = make_aggregator(genesis.terms.aggregator, genesis.terms.aggregation)
         self._checkpoints = checkpoints
         self._exchange = exchange
         self._catch_up = catch_up
@@ -316,7 +319,7 @@ class Rounds:
         underway: _Underway,
         metrics: Mapping[str, float],
     ) -> Merged:
-        chunks = contributions(self._layout, close)
+        chunks = contributions(self._layout, close, self._genesis.terms)
         manifests = self._manifests(chunks)
         bases = await self._bases.fetch(manifests, self._bases.of(manifests))
         baseless = self._bases.missing(bases)
@@ -365,7 +368,7 @@ class Rounds:
     def _manifests(self, chunks: Mapping[int, Sequence[Source]]) -> list[Manifest]:
         ledger = self._exchange.swarm.ledger
         updates = {update for sources in chunks.values() for _, update, _ in sources}
-        return [ledger[update].manifest for update in updates]
+        return [ledger[update].manifest for update in updates if update is not None]
 
     def _average(
         self,
@@ -382,7 +385,13 @@ class Rounds:
                 hasher.add(rows)
 
             result = aggregate(
-                self._layout, chunks, self._store.chunk, start, keep, bases.__getitem__
+                self._layout,
+                chunks,
+                self._store.chunk,
+                start,
+                keep,
+                bases.__getitem__,
+                self._aggregator,
             )
         self._checkpoints.prune(self._kept_checkpoints)
         return result, hasher.digest()

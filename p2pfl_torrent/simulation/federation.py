@@ -17,8 +17,10 @@ import numpy as np
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import aggregate
+from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, slice_of
+from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.manifest import block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
@@ -217,7 +219,10 @@ class Federation:
             target = merged[name]
             slice_of(target, part)[...] = rows
 
-        aggregate(layout, node.sources(layout, close.round), node.read, start, keep)
+        agreed = self.world.genesis.terms
+        aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
+        sources = contributions(layout, close, agreed)
+        aggregate(layout, sources, node.read, start, keep, aggregator=aggregator)
         self._has(node, close.round, merged, close.completeness, taken_over=False)
 
     def _missed(self, node: Node, round: int) -> None:

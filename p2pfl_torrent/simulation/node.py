@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.aggregation import Source
-from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import PeerEvent
@@ -62,12 +60,3 @@ class Node:
             for chunk in range(len(manifest.entries)):
                 del self.blocks[update, chunk]
         return forgotten
-
-    def sources(self, layout: Layout, round: int) -> dict[int, list[Source]]:
-        """Chunk -> versions that go into this peer's aggregate of a round."""
-        chunks: dict[int, list[Source]] = {chunk.index: [] for chunk in layout.chunks}
-        for count in self.closed[round].counts:
-            found = {**dict.fromkeys(count.chunks, count.manifest.update), **count.fills}
-            for chunk, update in found.items():
-                chunks[chunk].append((count.manifest.owner, update, count.weight))
-        return chunks

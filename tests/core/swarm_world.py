@@ -16,6 +16,7 @@ from p2pfl_torrent import simulation
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.chunking import Layout, encode_chunk, plan
+from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId
@@ -181,7 +182,7 @@ class World(simulation.World):
     def aggregate(self, name: str, round: int) -> bytes:
         """Hash of what a peer's averaging makes of a round."""
         node = self[name]
-        sources = node.sources(self.layout, round)
+        sources = contributions(self.layout, node.closed[round], self.genesis.terms)
         start = weights(self.layout.spec, f"start {round}")
         merged = ModelHasher(self.layout.spec)
         aggregate(

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from p2pfl_torrent.core.aggregation import (
     MAX_WEIGHT,
-    TILE,
     AggregateResult,
     aggregate,
     average_slice,
@@ -40,6 +39,7 @@ from p2pfl_torrent.core.tensors import (
     TensorSpec,
     bfloat16_to_float32,
 )
+from p2pfl_torrent.core.tiles import TILE
 from tests.core.small_models import finite_arrays, same_bits, specs
 
 Files = dict[tuple[UpdateId, int], bytes]
