@@ -205,7 +205,9 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "network.bootstrap": [f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}"], "security.allow": [PEER],
         "chunk.compression": "int8", "chunk.delta": True, "chunk.zstd_level": 3,
         "federate.aggregator": "fedmedian", "federate.trim_share": 0.1, "federate.byzantine": 2,
-        "federate.importance_weighting": True, "bittorrent.fill": "renormalise",
+        "federate.server_lr": 0.1, "federate.server_beta1": 0.5, "federate.server_beta2": 0.5,
+        "federate.server_tau": 0.01, "federate.importance_weighting": True,
+        "bittorrent.fill": "renormalise",
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)

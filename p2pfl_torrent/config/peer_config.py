@@ -223,6 +223,10 @@ class PeerConfig:
             importance_weighting=federate.importance_weighting,
             trim_share=federate.trim_share,
             byzantine=federate.byzantine,
+            server_lr=federate.server_lr,
+            server_beta1=federate.server_beta1,
+            server_beta2=federate.server_beta2,
+            server_tau=federate.server_tau,
         )
 
     def new_run_id(self) -> str:

@@ -133,7 +133,7 @@ class FederateSection:
         "fedavg",
         GENESIS,
         "how updates become one model: `fedavg`, `fedprox`, `fedmedian`, `trimmed_mean`, `krum`, "
-        "`multi_krum`, or one that the program registered",
+        "`multi_krum`, `fedadam`, `fedyogi`, `fedadagrad`, or one that the program registered",
         "best where all are honest; docs/how-to/aggregators.md says when to use which",
         least=1,
         most=64,
@@ -153,6 +153,28 @@ class FederateSection:
         "its guarantee needs twice as many peers and three",
         least=0,
         most=MAX_COUNT,
+    )
+    server_lr: float = key(
+        0.01,
+        GENESIS,
+        "step size of `fedadam`, `fedyogi` and `fedadagrad`",
+        "about what a weight moves per round at first",
+        above=0,
+        most=100,
+    )
+    server_beta1: float = key(
+        0.9, GENESIS, "how much of the first moment stays", "the paper's", least=0, most=0.9999
+    )
+    server_beta2: float = key(
+        0.99,
+        GENESIS,
+        "how much of the second moment stays; unread by `fedadagrad`",
+        "the paper's",
+        least=0,
+        most=0.9999,
+    )
+    server_tau: float = key(
+        0.001, GENESIS, "added to the second moment's root", "the paper's", least=1e-9, most=1
     )
     importance_weighting: bool = key(
         False,

@@ -23,6 +23,7 @@ from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import Distances
+from p2pfl_torrent.core.server_optimizers import MOMENTS, step_slice
 from p2pfl_torrent.core.tensors import (
     FLOAT_DTYPES,
     NUMPY_DTYPES,
@@ -87,7 +88,9 @@ def aggregate(
     Args:
         sources: chunk index -> versions to merge, in canonical order.
         start: round-start weights, kept for a chunk that nobody delivered.
-        keep: called for every slice of the model once, in exchange order.
+        keep: called for every slice of the model once, in exchange order; with a server optimizer
+            for every slice of ``Aggregator.state_spec``, whose start values ``start`` holds. What
+            nobody delivered keeps its moments, too.
         bases: the model an update began from, of every update where the compression needs it.
         aggregator: how versions become one. Where it has no weights, an owner has one voice per
             chunk: its latest version.
@@ -115,9 +118,9 @@ def aggregate(
             _average_chunk(layout, chunk, versions, merged, scratch)
         delivered = any(version.delivered for version in versions)
         untouched += not delivered
-        for part, array in zip(chunk.slices, merged, strict=True):
-            name = layout.spec.tensors[part.tensor].name
-            keep(part, array if delivered else slice_of(np.asarray(start[name]), part))
+        if not delivered:
+            merged = _start_of(layout, chunk.index, start)
+        _keep_chunk(layout, chunk, merged, delivered, keep, origin, aggregator)
     return AggregateResult(tuple(refused), untouched)
 
 
@@ -285,6 +288,35 @@ def _combine_chunk(
                     f"aggregator {aggregator.name!r} gave no finite value per element"
                 )
             out[begin:end] = float64_to_bfloat16(result) if dtype == "BF16" else result
+
+
+def _keep_chunk(
+    layout: Layout,
+    chunk: ChunkLayout,
+    merged: Sequence[Array],
+    delivered: bool,
+    keep: Keep,
+    origin: _Origin,
+    aggregator: Aggregator,
+) -> None:
+    """Hand on a chunk's values, by way of the server optimizer where there is one."""
+    if aggregator.optimizer is None:
+        for part, array in zip(chunk.slices, merged, strict=True):
+            keep(part, array)
+        return
+    tensors = aggregator.state_spec(layout.spec).tensors
+    places = {tensor.name: place for place, tensor in enumerate(tensors)}
+    for part, array in zip(chunk.slices, merged, strict=True):
+        tensor = tensors[part.tensor]
+        if tensor.is_float:
+            names = [tensor.name + suffix for suffix in MOMENTS]
+            m, v = (slice_of(np.asarray(origin.start[name]), part) for name in names)
+            if delivered:
+                begun = slice_of(np.asarray(origin.start[tensor.name]), part)
+                m, v = step_slice(aggregator.optimizer, tensor.dtype, begun, array, (m, v))
+            for name, moment in zip(names, (m, v), strict=True):
+                keep(TensorSlice(places[name], part.start, part.stop), moment)
+        keep(part, array)
 
 
 def _check_sources(listed: Sequence[Source]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import Distances, Matrix, krum_ranking, trimmed_mean
+from p2pfl_torrent.core.server_optimizers import ServerOptimizer, state_spec, with_moments
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
 
 MAX_NAME = 64  # characters of an aggregator's name
 
@@ -30,11 +32,16 @@ class AggregationTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         importance_weighting: whether a chunk's weight grows with its rank in its owner's update.
         trim_share: share of the versions that a trimmed mean leaves out on each side.
         byzantine: owners that Krum holds for dishonest; f in Blanchard et al. 2017.
+        server_lr, server_beta1, server_beta2, server_tau: of ``server_optimizers``.
     """
 
     importance_weighting: bool = False
     trim_share: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.2
     byzantine: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 1
+    server_lr: Annotated[float, msgspec.Meta(gt=0, le=100)] = 0.01
+    server_beta1: Annotated[float, msgspec.Meta(ge=0, le=0.9999)] = 0.9
+    server_beta2: Annotated[float, msgspec.Meta(ge=0, le=0.9999)] = 0.99
+    server_tau: Annotated[float, msgspec.Meta(ge=1e-9, le=1)] = 1e-3
 
 
 USUAL = AggregationTerms()
@@ -51,6 +58,7 @@ class Aggregator:
             how elements are cut into tiles, and be the same bits on every machine.
         choose: owners by trust, best first, others excluded; for unweighted ones only.
         believed: how many of these go into a chunk, of those that delivered it; None: all.
+        optimizer: turns the merged values into a step of its own.
     """
 
     name: str
@@ -58,6 +66,15 @@ class Aggregator:
     combine: Combine | None = None
     choose: Callable[[Distances], list[PeerId]] | None = None
     believed: int | None = None
+    optimizer: ServerOptimizer | None = None
+
+    def state_spec(self, spec: ModelSpec) -> ModelSpec:
+        """What a round starts from: the model, with the moments where there is an optimizer."""
+        return spec if self.optimizer is None else state_spec(spec)
+
+    def first_state(self, spec: ModelSpec, weights: Arrays) -> dict[str, Array]:
+        """What the run starts from."""
+        return dict(weights) if self.optimizer is None else with_moments(spec, weights)
 
     def of_the_best(self, ranking: Sequence[PeerId], listed: Sequence[_Listed]) -> list[_Listed]:
         """The versions of the best ranked owners that delivered a chunk, in canonical order."""
@@ -98,6 +115,16 @@ def _krum(name: str, believed: int | None) -> Factory:
     return make
 
 
+def _adaptive(kind: Literal["fedadam", "fedyogi", "fedadagrad"]) -> Factory:
+    def make(terms: AggregationTerms) -> Aggregator:
+        optimizer = ServerOptimizer(
+            kind, terms.server_lr, terms.server_beta1, terms.server_beta2, terms.server_tau
+        )
+        return Aggregator(kind, optimizer=optimizer)
+
+    return make
+
+
 _factories: dict[str, Factory] = {
     "fedavg": lambda terms: FEDAVG,
     # Li et al. 2020: the server's part is FedAvg; the proximal term is the user's loss's.
@@ -106,6 +133,9 @@ _factories: dict[str, Factory] = {
     "trimmed_mean": _trimmed,
     "krum": _krum("krum", 1),
     "multi_krum": _krum("multi_krum", None),
+    "fedadam": _adaptive("fedadam"),
+    "fedyogi": _adaptive("fedyogi"),
+    "fedadagrad": _adaptive("fedadagrad"),
 }
 
 

@@ -13,6 +13,7 @@ import trio
 
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.joining import Welcome
@@ -92,8 +93,11 @@ class Node:
         self.addrs: tuple[str, ...] = ()
         self.total_rounds = config.federate.total_round_num
         self._on_address = on_address
-        self._spec = spec
-        self._start: Start | None = Start(weights, model_hash(spec, weights))
+        aggregator = make_aggregator(config.federate.aggregator)
+        self._spec = aggregator.state_spec(spec)
+        self._spec.validate()
+        state = aggregator.first_state(spec, weights)
+        self._start: Start | None = Start(state, model_hash(self._spec, state))
         self._layout = config.plan_layout(spec)
         self._terms = config.terms(spec, self._layout)
         self._initial_hash = self._start.hash
@@ -250,7 +254,7 @@ class Node:
 
     def start_weights(self) -> dict[str, Array]:
         """The weights the current round starts from."""
-        return self._checkpoints.load(self._rounds.round - 1)
+        return self._rounds.weights(self._checkpoints.load(self._rounds.round - 1))
 
     async def exchange(
         self, arrays: dict[str, Array], num_samples: int, metrics: Mapping[str, float]

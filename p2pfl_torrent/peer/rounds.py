@@ -97,6 +97,7 @@ class Rounds:
         self._layout = layout
         self._store = store
         self._aggregator = make_aggregator(genesis.terms.aggregator, genesis.terms.aggregation)
+        self._state_spec = self._aggregator.state_spec(layout.spec)
         self._checkpoints = checkpoints
         self._exchange = exchange
         self._catch_up = catch_up
@@ -363,7 +364,7 @@ class Rounds:
             [count.manifest.update for count in close.counts],
         )
         self.resume(self.round + 1, new_hash)
-        return Merged(self._checkpoints.load(self.round - 1), report)
+        return Merged(self.weights(self._checkpoints.load(self.round - 1)), report)
 
     def _manifests(self, chunks: Mapping[int, Sequence[Source]]) -> list[Manifest]:
         ledger = self._exchange.swarm.ledger
@@ -378,11 +379,13 @@ class Rounds:
     ) -> tuple[AggregateResult, bytes]:
         """Average into this round's checkpoint, in a worker thread; also the aggregate's hash."""
         hasher = ModelHasher(self._layout.spec)
+        is_hashed_after = self._aggregator.optimizer is not None  # moments come out of order
         with self._checkpoints.draft(self.round) as draft:
 
             def keep(part: TensorSlice, rows: Array) -> None:
                 draft.put(part, rows)
-                hasher.add(rows)
+                if not is_hashed_after:
+                    hasher.add(rows)
 
             result = aggregate(
                 self._layout,
@@ -394,7 +397,13 @@ class Rounds:
                 self._aggregator,
             )
         self._checkpoints.prune(self._kept_checkpoints)
+        if is_hashed_after:
+            return result, model_hash(self._state_spec, self._checkpoints.load(self.round))
         return result, hasher.digest()
+
+    def weights(self, state: Arrays) -> dict[str, Array]:
+        """The model's part of what a round starts from."""
+        return {tensor.name: state[tensor.name] for tensor in self._layout.spec.tensors}
 
     async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:
         """The round went on without us: take over the state that the others go on from."""
@@ -422,7 +431,7 @@ class Rounds:
             attested=taken.attested,
             metrics=dict(metrics),
         )
-        return Merged(taken.arrays, report)
+        return Merged(self.weights(taken.arrays), report)
 
     def _others(self) -> list[PeerId]:
         return sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
@@ -434,8 +443,9 @@ class Rounds:
         """
         round, base_hash = self.round, self.base_hash
         if not self._enabled:
-            base_hash = await trio.to_thread.run_sync(model_hash, self._layout.spec, arrays)
-            await self.begin(round + 1, arrays, base_hash)
+            state = {**self._checkpoints.load(round - 1), **arrays}  # the moments stay
+            base_hash = await trio.to_thread.run_sync(model_hash, self._state_spec, state)
+            await self.begin(round + 1, state, base_hash)
         report = RoundReport(
             round=round,
             next_round=self.round,

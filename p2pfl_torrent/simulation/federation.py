@@ -21,6 +21,7 @@ from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, slice_of
 from p2pfl_torrent.core.contributions import contributions
+from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.manifest import block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
@@ -98,7 +99,14 @@ class Federation:
         self.rounds: dict[PeerId, int] = {}
         self.outcomes: list[Outcome] = []
         self._told = told
-        self._terms = self.world.genesis.terms.rounds
+        agreed = self.world.genesis.terms
+        self._aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
+        if self._aggregator.optimizer is not None:
+            raise ConfigError(
+                f"federate.aggregator is {agreed.aggregator}, whose moments a simulation does not "
+                "carry: use real peers, or another aggregator."
+            )
+        self._terms = agreed.rounds
         self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
         self._waiting: dict[PeerId, int] = {}  # who missed a round, and waits for the next one's
         pairs = itertools.combinations(self.learners, 2) if edges is None else edges
@@ -220,9 +228,8 @@ class Federation:
             slice_of(target, part)[...] = rows
 
         agreed = self.world.genesis.terms
-        aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
         sources = contributions(layout, close, agreed)
-        aggregate(layout, sources, node.read, start, keep, aggregator=aggregator)
+        aggregate(layout, sources, node.read, start, keep, aggregator=self._aggregator)
         self._has(node, close.round, merged, close.completeness, taken_over=False)
 
     def _missed(self, node: Node, round: int) -> None:

@@ -1,0 +1,118 @@
+"""Adaptive server optimizers: the aggregate is a step; its moments go on from round to round.
+
+Reddi et al. 2021 (Adaptive Federated Optimization, algorithm 2), with the round-start weights x and
+the weighted mean a of the updates:
+
+    d = a - x;  m' = b1 m + (1 - b1) d;  x' = x + lr m' / (sqrt(v') + tau)
+    Adagrad: v' = v + d^2      Adam: v' = b2 v + (1 - b2) d^2
+    Yogi:    v' = v - (1 - b2) d^2 sign(v - d^2)
+
+The moments are part of the state that a round starts from: they lie in its checkpoint, its hash
+covers them, and whoever takes a state over takes them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from p2pfl_torrent.core.tensors import (
+    NUMPY_DTYPES,
+    Array,
+    ModelSpec,
+    TensorSpec,
+    float64_to_bfloat16,
+)
+from p2pfl_torrent.core.tiles import TILE, floats
+
+MOMENTS = (":m", ":v")  # what a moment's name has after its tensor's
+LARGEST = 2.0**128 - 2.0**120  # of bfloat16; float32 reaches a little further
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptimizer:
+    """One of the three, with its numbers; all are bounded by the configuration."""
+
+    kind: Literal["fedadam", "fedyogi", "fedadagrad"]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    tau: float
+
+    def step(self, start: Vector, mean: Vector, m: Vector, v: Vector) -> Vector:
+        """The new weights; ``m`` and ``v`` are changed in place. Element-wise, one order."""
+        change = mean - start
+        square = np.minimum(change * change, np.finfo(np.float64).max)
+        m *= self.beta1
+        m += (1.0 - self.beta1) * change
+        if self.kind == "fedadagrad":
+            v += square
+        elif self.kind == "fedadam":
+            v *= self.beta2
+            v += (1.0 - self.beta2) * square
+        else:
+            v -= (1.0 - self.beta2) * square * np.sign(v - square)
+        return start + self.learning_rate * m / (np.sqrt(v) + self.tau)
+
+
+def state_spec(spec: ModelSpec) -> ModelSpec:
+    """A model with its moments: after all its tensors ``name:m``, then ``name:v``, of the floats.
+
+    float64 of an F64 tensor, float32 of any other.
+    """
+    moments = tuple(
+        TensorSpec(tensor.name + suffix, _moment_dtype(tensor.dtype), tensor.shape)
+        for suffix in MOMENTS
+        for tensor in spec.tensors
+        if tensor.is_float
+    )
+    return ModelSpec((*spec.tensors, *moments), spec.aliases)
+
+
+def step_slice(
+    optimizer: ServerOptimizer, dtype: str, start: Array, mean: Array, moments: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Turn the mean of a float slice, in place, into its new weights; its new moments.
+
+    What leaves a dtype's range becomes the largest it has: an infinite moment would stay for ever.
+
+    Args:
+        start: the slice's round-start weights; ``moments`` those of the round's start, unchanged.
+    """
+    first, second = (np.array(moment, order="C") for moment in moments)
+    begun, out = start.reshape(-1), mean.reshape(-1)
+    flat_m, flat_v = first.reshape(-1), second.reshape(-1)
+    for begin in range(0, out.size, TILE):
+        cut = slice(begin, begin + TILE)
+        x, a = (floats(dtype, values[cut]).astype(np.float64) for values in (begun, out))
+        m, v = flat_m[cut].astype(np.float64), flat_v[cut].astype(np.float64)
+        with np.errstate(over="ignore"):
+            stepped = optimizer.step(x, a, m, v)
+        kind = _moment_dtype(dtype)
+        flat_m[cut], flat_v[cut] = _in_range(kind, m), _in_range(kind, v)
+        stepped = _in_range(dtype, stepped)
+        out[cut] = float64_to_bfloat16(stepped) if dtype == "BF16" else stepped
+    return first, second
+
+
+def _in_range(dtype: str, values: Vector) -> Vector:
+    largest = {"F64": float(np.finfo(np.float64).max), "F16": 65504.0}.get(dtype, LARGEST)
+    return np.clip(values, -largest, largest)
+
+
+def _moment_dtype(dtype: str) -> str:
+    return "F64" if dtype == "F64" else "F32"
+
+
+def with_moments(spec: ModelSpec, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights with the moments of a run's beginning: zero."""
+    zeros = {
+        tensor.name: np.zeros(tensor.shape, NUMPY_DTYPES[tensor.dtype])
+        for tensor in state_spec(spec).tensors[len(spec.tensors) :]
+    }
+    return {**arrays, **zeros}
