@@ -4,6 +4,8 @@ Scores are ranked within the update, so no owner gains by large values.
 
 - ``l2_norm``: norm(w) / sqrt(size) x (1 + depth_boost x depth / layers), the seed's formula.
 - ``change``: norm(value now - value last delivered) / sqrt(size).
+- ``delta``: norm(value now - value at the round's start) / norm(value at the round's start).
+- ``magnitude``: mean abs gradient over the last rounds x (1 + variance), from `Moments`.
 - ``random``: the baseline of every comparison.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +67,68 @@ def change_scores(
             square += _square(layout.spec.tensors[part.tensor].dtype, now, delivered)
             size += now.size
         scores.append(float(np.sqrt(square / size)) if size else 0.0)
+    return scores
+
+
+def delta_scores(layout: Layout, arrays: Arrays, start: Arrays) -> list[float]:
+    """How much training changed each chunk, relative to its size before.
+
+    A chunk that was all zeros and changed scores infinity: no change of it is small. One that did
+    not change scores 0.
+
+    Args:
+        start: the round's start weights, under the names of ``arrays``.
+    """
+    scores = []
+    for chunk in layout.chunks:
+        moved, before = 0.0, 0.0
+        for part in chunk.slices:
+            dtype = layout.spec.tensors[part.tensor].dtype
+            old = _rows(layout, start, part)
+            moved += _square(dtype, _rows(layout, arrays, part), old)
+            before += _square(dtype, old)
+        if before:
+            scores.append(float(np.sqrt(moved) / np.sqrt(before)))
+        else:
+            scores.append(float("inf") if moved else 0.0)
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over the gradient entries that were seen of one chunk.
+
+    Attributes:
+        count: entries seen; 0 for a chunk that has no gradient.
+        absolute, total, square: sums of abs(g), g and g * g.
+    """
+
+    count: float
+    absolute: float
+    total: float
+    square: float
+
+
+def magnitude_scores(
+    rounds: Sequence[Sequence[Moments]], *, chunks: int, use_variance: bool
+) -> list[float]:
+    """Mean abs gradient x (1 + variance of the gradient), pooled over rounds; the seed's formula.
+
+    Args:
+        rounds: for each round remembered, one entry per chunk.
+        chunks: how many there are; one that saw no gradient scores 0.
+    """
+    scores = []
+    for chunk in range(chunks):
+        seen = [moments[chunk] for moments in rounds]
+        count = sum(moments.count for moments in seen)
+        if not count:
+            scores.append(0.0)
+            continue
+        mean = sum(moments.total for moments in seen) / count
+        variance = max(0.0, sum(moments.square for moments in seen) / count - mean * mean)
+        absolute = sum(moments.absolute for moments in seen) / count
+        scores.append(absolute * (1 + variance) if use_variance else absolute)
     return scores
 
 

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pfl_torrent.core.chunking import Layout, plan, slice_of
-from p2pfl_torrent.core.importance import TILE, change_scores, l2_norm_scores, random_scores, rank
+from p2pfl_torrent.core.importance import (
+    TILE,
+    Moments,
+    change_scores,
+    delta_scores,
+    l2_norm_scores,
+    magnitude_scores,
+    random_scores,
+    rank,
+)
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, float32_to_bfloat16
 
 
@@ -111,3 +120,33 @@ def test_a_large_chunk_is_scored_a_tile_at_a_time() -> None:
         tracemalloc.stop()
     assert scores == [1.0]
     assert peak < 4 * TILE * 8
+
+
+def test_delta_is_the_change_relative_to_the_start() -> None:
+    scores = delta_scores(LAYERS, full(3, -2, 1), full(2, -2, 4))
+    assert scores == pytest.approx([0.5, 0.0, 0.75])
+
+
+def test_delta_of_zeros_that_changed_is_above_all_others() -> None:
+    scores = delta_scores(LAYERS, full(1e-3, 0, 900), full(0, 0, 1))
+    assert rank(scores) == [2, 0, 1]
+    assert scores[1] == 0
+
+
+@given(st.lists(st.lists(st.floats(-8, 8), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_magnitude_pools_the_rounds(rounds: list[list[float]]) -> None:
+    history = []
+    for values in rounds:
+        g = np.array(values)
+        history.append([Moments(g.size, abs(g).sum(), g.sum(), (g * g).sum())])
+    pooled = np.concatenate([np.array(values) for values in rounds])
+    [plain] = magnitude_scores(history, chunks=1, use_variance=False)
+    assert plain == pytest.approx(np.abs(pooled).mean(), abs=1e-12)
+    [score] = magnitude_scores(history, chunks=1, use_variance=True)
+    assert score == pytest.approx(np.abs(pooled).mean() * (1 + pooled.var()), abs=1e-9)
+
+
+def test_a_chunk_without_gradients_has_no_magnitude() -> None:
+    history = [[Moments(0, 0, 0, 0), Moments(2, 3, 1, 5)]]
+    assert magnitude_scores(history, chunks=2, use_variance=False) == [0.0, 1.5]
+    assert magnitude_scores([], chunks=2, use_variance=True) == [0.0, 0.0]
