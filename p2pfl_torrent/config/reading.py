@@ -11,7 +11,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 
-from p2pfl_torrent.config.schema import GRADIENT_METHODS, ImportanceMethod, walk
+from p2pfl_torrent.config.schema import walk
 from p2pfl_torrent.core.errors import ConfigError
 
 MAX_FILE_BYTES = 4 << 20  # a custom graph of thousands of members
@@ -75,16 +75,12 @@ def _known(root: type[Any], kind: type[Any], data: object, prefix: str) -> dict[
             raise ConfigError(_unknown(root, path))
         if is_dataclass(hints[name]):
             value = _known(root, cast("type[Any]", hints[name]), value, f"{path}.")
-        elif path == "chunk.importance_method" and value in GRADIENT_METHODS:
-            raise ConfigError(_needs_gradients(str(value)))
         result[name] = value
     return result
 
 
 def _unknown(root: type[Any], path: str) -> str:
     parent, _, name = path.rpartition(".")
-    if parent == "chunk.importance_config" and name in GRADIENT_METHODS:
-        return _needs_gradients(name)
     known = [known for known, _, _ in walk(root)]
     beside = [key for key in known if key.rpartition(".")[0] == parent]
     close = difflib.get_close_matches(path, beside, n=1, cutoff=0.75)
@@ -92,13 +88,6 @@ def _unknown(root: type[Any], path: str) -> str:
     close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "see docs/reference/configuration.md."
     return f"{path} is not a key; {hint}"
-
-
-def _needs_gradients(method: str) -> str:
-    return (
-        f"chunk.importance_method: {method} needs gradient statistics, which this version does not "
-        f"gather; use {', '.join(get_args(ImportanceMethod))}."
-    )
 
 
 _WORDS = {

@@ -10,8 +10,11 @@ from p2pfl_torrent.core.compression import MAX_ZSTD_LEVEL, Codec
 
 GENESIS, LOCAL = "genesis", "local"
 
-ImportanceMethod = Literal["change", "l2_norm", "random"]
-GRADIENT_METHODS = ("magnitude", "snip", "fisher", "delta", "adaptive")
+PlainMethod = Literal["change", "delta", "l2_norm", "magnitude", "snip", "fisher", "random"]
+ImportanceMethod = Literal[
+    "change", "delta", "l2_norm", "magnitude", "snip", "fisher", "random", "adaptive"
+]
+GRADIENT_METHODS = ("magnitude", "snip", "fisher")
 
 WEEK = 7 * 86400  # seconds; the genesis allows no longer wait
 MAX_COUNT = 1 << 31  # the genesis' bound on every count
@@ -362,10 +365,84 @@ class L2NormSection:
 
 
 @dataclass(frozen=True, slots=True)
+class MagnitudeSection:
+    """Settings of `importance_method: magnitude`."""
+
+    history_window: int = key(
+        10, LOCAL, "rounds whose gradients are pooled", "the seed's", least=1, most=1000
+    )
+    use_variance: bool = key(True, LOCAL, "multiply by 1 + variance of the gradient", "the seed's")
+
+
+@dataclass(frozen=True, slots=True)
+class SnipSection:
+    """Settings of `importance_method: snip`."""
+
+    batch_size: int = key(
+        128,
+        LOCAL,
+        "samples of the mini-batch where `use_cached` is false",
+        "the seed's",
+        least=1,
+        most=MAX_COUNT,
+    )
+    use_cached: bool = key(
+        True, LOCAL, "use a gradient of the user's own training", "no second pass over data"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FisherSection:
+    """Settings of `importance_method: fisher`."""
+
+    num_samples: int = key(
+        100,
+        LOCAL,
+        "gradients that are squared in a round: mini-batches', or samples' where they are given",
+        "the seed's",
+        least=1,
+        most=MAX_COUNT,
+    )
+    damping: float = key(
+        0.001,
+        LOCAL,
+        "added to each squared gradient, as a share of the model's mean of them",
+        "the seed's figure; relative, so that the loss's scale does not matter",
+        least=0,
+        most=100,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptiveSection:
+    """Settings of `importance_method: adaptive`."""
+
+    early: PlainMethod = key("change", LOCAL, "method while the loss falls", "needs no gradients")
+    late: PlainMethod = key(
+        "fisher", LOCAL, "method once the loss hardly falls", "best in a trial, as x age"
+    )
+    slow: float = key(
+        0.02,
+        LOCAL,
+        "share of the loss by which it falls in a round that counts as late; twice that is early",
+        "above the noise of a small data set's loss",
+        above=0,
+        most=1,
+    )
+    patience: int = key(
+        3, LOCAL, "rounds in a row before a switch", "one odd round is none", least=1, most=1000
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ImportanceSection:
     """Settings per importance method."""
 
+    magnitude: MagnitudeSection = section(MagnitudeSection)
     l2_norm: L2NormSection = section(L2NormSection)
+    snip: SnipSection = section(SnipSection)
+    fisher: FisherSection = section(FisherSection)
+    adaptive: AdaptiveSection = section(AdaptiveSection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +468,7 @@ class ChunkSection:
     importance_method: ImportanceMethod = key(
         "change",
         LOCAL,
-        "how a chunk's importance is scored",
+        "how a chunk's importance is scored; `magnitude`, `snip` and `fisher` need `gradients=`",
         "needs no gradients, did well in trials",
     )
     importance_config: ImportanceSection = section(ImportanceSection)

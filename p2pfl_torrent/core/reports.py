@@ -221,6 +221,15 @@ class TrainingProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportanceSwitched:
+    """From this round on, adaptive importance scores updates by another method."""
+
+    round: int
+    method: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestSeen:
     """An owner's update for a round became known."""
 
@@ -301,6 +310,7 @@ PeerEvent = (
     | EdgeChanged
     | RoundStarted
     | TrainingProgress
+    | ImportanceSwitched
     | ManifestSeen
     | ChunkReceived
     | BlockRefused

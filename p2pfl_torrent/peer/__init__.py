@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from p2pfl_torrent.learning.gradients import GradientStats
     from p2pfl_torrent.peer.blocking import Peer, PeerStoppedError
     from p2pfl_torrent.peer.trio_face import AsyncPeer
 
-__all__ = ["AsyncPeer", "Peer", "PeerStoppedError"]
+__all__ = ["AsyncPeer", "GradientStats", "Peer", "PeerStoppedError"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,8 @@ def __getattr__(name: str) -> Any:
     home: Any = None
     if name in ("Peer", "PeerStoppedError"):
         from p2pfl_torrent.peer import blocking as home
+    elif name == "GradientStats":
+        from p2pfl_torrent.learning import gradients as home
     elif name == "AsyncPeer":
         from p2pfl_torrent.peer import trio_face as home
     else:

@@ -15,11 +15,13 @@ from outcome import Error, Outcome, Value
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.learning.gradients import GradientStats
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
 from p2pfl_torrent.peer.node import Node
 from p2pfl_torrent.peer.running import open_node
+from p2pfl_torrent.peer.scoring import check_gradients
 
 T = TypeVar("T")
 
@@ -47,6 +49,8 @@ class Peer:
             over all the same.
         optimizer: needed for ``federate.on_merge: reset``.
         calibration: batches for ``chunk.norm_policy: recalibrate``.
+        gradients: `GradientStats` of the model and optimizer, for the importance methods
+            ``magnitude``, ``snip``, ``fisher`` and for ``adaptive`` where it uses one of them.
         on_address: told each multiaddr under which this peer can be reached as soon as it listens,
             in the network's thread; ``print`` will do. Joining takes until the others are there,
             and they may need the address to come.
@@ -63,12 +67,14 @@ class Peer:
         evaluate: Evaluate | None = None,
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
+        gradients: GradientStats | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
+        check_gradients(config.chunk, gradients)
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy(), on_address)
+        self._node = Node(config, self._model.spec, self._model.copy(), on_address, gradients)
         self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
         self._ready = threading.Event()
         self._ended = threading.Event()

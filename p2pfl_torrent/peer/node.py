@@ -58,6 +58,7 @@ from p2pfl_torrent.peer.network import (
 )
 from p2pfl_torrent.peer.parts import Making, restore
 from p2pfl_torrent.peer.rounds import Merged
+from p2pfl_torrent.peer.scoring import Gradients
 from p2pfl_torrent.peer.snapshot import take_statistics
 from p2pfl_torrent.peer.topics import Topics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
@@ -78,6 +79,7 @@ class Node:
     Args:
         weights: the start weights this peer would begin a swarm with.
         on_address: told each of the peer's addresses once it listens.
+        gradients: statistics of the user's training, where the importance method needs them.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Node:
         spec: ModelSpec,
         weights: dict[str, Array],
         on_address: Callable[[str], object] | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self.config = config
+        self._gradients = gradients
         self.feed = EventFeed()
         self.peer_id = ""
         self.addrs: tuple[str, ...] = ()
@@ -224,6 +228,7 @@ class Node:
             addrs=self.addrs,
             rng=self._rng,
             feed=self.feed,
+            gradients=self._gradients,
         )
         self._topics = Topics(self._gossip, self._swarm_id, PeerId(self.peer_id))
         self._store, self._checkpoints = making.open_store(self._parts, genesis)

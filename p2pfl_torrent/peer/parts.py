@@ -29,7 +29,7 @@ from p2pfl_torrent.peer.catchup import CatchUp, OpenState
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import parse_bootstrap
 from p2pfl_torrent.peer.rounds import Rounds
-from p2pfl_torrent.peer.scoring import ImportanceScorer
+from p2pfl_torrent.peer.scoring import Gradients, ImportanceScorer
 from p2pfl_torrent.store import Checkpoints, Store, keep_genesis
 
 
@@ -45,6 +45,7 @@ class Making:
     addrs: Sequence[str]
     rng: random.Random
     feed: EventFeed
+    gradients: Gradients | None
 
     @property
     def local(self) -> PeerId:
@@ -141,7 +142,7 @@ class Making:
             checkpoints=checkpoints,
             exchange=exchange,
             catch_up=catch_up,
-            scorer=ImportanceScorer(self.config.chunk, self.rng),
+            scorer=ImportanceScorer(self.config.chunk, self.layout, self.rng, self.gradients),
             feed=self.feed,
             enabled=self.config.bittorrent.enable,
             residuals=(

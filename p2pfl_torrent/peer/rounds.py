@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import trio
@@ -18,7 +19,7 @@ from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
-from p2pfl_torrent.core.reports import RoundReport, RoundStarted
+from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport, RoundStarted
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.bases import Bases, Residuals
@@ -190,11 +191,18 @@ class Rounds:
         try:
             if self._underway is None:
                 self._underway = await self._publish_update(arrays, num_samples, began)
+            self._observe(metrics)
             if self._underway is None:
                 return await self._solo(arrays, metrics, began)
             return await self._finish(self._underway, metrics)
         finally:
             self._is_called = False
+
+    def _observe(self, metrics: Mapping[str, float]) -> None:
+        """Show the scorer the training loss; a switch of its method holds from the next."""
+        why = self._scorer.observe(self.round, metrics.get("loss"))
+        if why is not None:
+            self._feed.emit(ImportanceSwitched(self.round + 1, self._scorer.method, why))
 
     async def _publish_update(
         self, arrays: Arrays, num_samples: int, began: float
@@ -269,7 +277,9 @@ class Rounds:
         except CompressionError as error:
             raise UpdateError(f"{error} This update was not shared.") from error
         last = self._last_delivered()
-        ranks = await trio.to_thread.run_sync(self._scorer.ranks, layout, arrays, last)
+        ranks = await trio.to_thread.run_sync(
+            self._scorer.ranks, round, arrays, last, partial(self._checkpoints.load, round - 1)
+        )
         manifest = make_manifest(
             layout=layout,
             swarm=self._swarm_id,

@@ -12,11 +12,13 @@ import trio
 
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
+from p2pfl_torrent.learning.gradients import GradientStats
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
 from p2pfl_torrent.peer.node import Node
 from p2pfl_torrent.peer.running import open_node
+from p2pfl_torrent.peer.scoring import check_gradients
 
 
 class AsyncPeer:
@@ -48,12 +50,14 @@ class AsyncPeer:
         evaluate: Evaluate | None = None,
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
+        gradients: GradientStats | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
+        check_gradients(config.chunk, gradients)
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy(), on_address)
+        self._node = Node(config, self._model.spec, self._model.copy(), on_address, gradients)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> AsyncPeer:

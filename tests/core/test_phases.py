@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +36,7 @@ def test_two_switches_are_at_least_patience_rounds_apart(
         if why is not None:
             at.append(round)
         phase = machine.phase
-    assert all(after - before >= patience for before, after in zip(at, at[1:], strict=False))
+    assert all(after - before >= patience for before, after in itertools.pairwise(at))
 
 
 @given(st.lists(st.floats(0.06, 0.09), max_size=40), st.sampled_from(["early", "late"]))
