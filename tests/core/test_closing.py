@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from p2pfl_torrent.core.aggregation import discount
@@ -105,6 +106,16 @@ def test_missing_chunks_are_filled_with_what_is_not_too_old() -> None:
     (found,) = counts(local=A, round=4, terms=TERMS, ledger=made, dead=set())
     assert found.chunks == (0, 1)
     assert found.fills == {2: old.update, 3: old.update}  # the oldest is three rounds old
+
+
+@pytest.mark.parametrize("fill", ["renormalise", "round_start"])
+def test_where_the_swarm_agreed_on_another_fill_no_old_chunk_stands_in(fill: str) -> None:
+    old, part = update(1, "b"), update(2, "b")
+    made = ledger((old, "#########"), (part, "##......."))
+    made.count(old.update, range(9), 1)
+    agreed = msgspec.structs.replace(TERMS, fill=fill)
+    (found,) = counts(local=A, round=2, terms=agreed, ledger=made, dead=set())
+    assert (found.chunks, dict(found.fills)) == ((0, 1), {})
 
 
 def test_a_late_update_that_counts_fills_nothing_besides() -> None:

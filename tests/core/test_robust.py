@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate
 from p2pfl_torrent.core.aggregators import (
@@ -19,12 +20,14 @@ from p2pfl_torrent.core.aggregators import (
     register_aggregator,
 )
 from p2pfl_torrent.core.chunking import TensorSlice, encode_chunk, plan, slice_of
-from p2pfl_torrent.core.contributions import importance_factor
+from p2pfl_torrent.core.contributions import contributions, importance_factor
 from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError
+from p2pfl_torrent.core.events import CloseRound, Count
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import squared_distance
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
+from tests.core.small_ledgers import WORLD, update
 from tests.core.small_models import same_bits
 
 Floats = npt.NDArray[np.float32]
@@ -174,6 +177,23 @@ def test_what_is_not_finite_is_refused_and_the_rest_merged(name: str, bad: float
     without = [list(row) for row in mask]
     without[2][1] = False
     assert same_bits(merged, merge(rest, without, make_aggregator(name))[0])
+
+
+def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
+    part, old = update(2, "b"), update(1, "b")
+    count = Count(part, 10.0, (0, 1), {2: old.update}, "partial")
+    close = CloseRound(2, "deadline", 2, (count,), (), (), 1.0, False, False)
+    terms = WORLD.genesis.terms
+    plain = contributions(WORLD.layout, close, terms)
+    assert plain[0] == [("b", part.update, 10.0)]
+    assert plain[2] == [("b", old.update, 10.0)]
+    assert plain[3] == []
+    started = replace(terms, rounds=replace(terms.rounds, fill="round_start"))
+    assert contributions(WORLD.layout, close, started)[3] == [("b", None, 10.0)]
+    weighted = replace(terms, aggregation=AggregationTerms(importance_weighting=True))
+    (source,) = contributions(WORLD.layout, close, weighted)[0]
+    factor = importance_factor(part.entries[0].rank, len(part.entries))
+    assert source == ("b", part.update, 10.0 * factor)
 
 
 def test_a_missing_chunk_may_count_as_the_rounds_start() -> None:
