@@ -201,6 +201,7 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "bittorrent.active_requests": 3, "bittorrent.pending_requests": 3,
         "bittorrent.endgame_holders": 1, "bittorrent.upload_slots": 2,
         "bittorrent.fill_max_age": 1, "bittorrent.linger": 1.0, "chunk.num_chunks": 3,
+        "chunk.architecture": "cnn",
         "chunk.block_size": 4096, "chunk.importance_method": "random",
         "chunk.importance_config.magnitude.history_window": 3,
         "chunk.importance_config.magnitude.use_variance": False,

@@ -19,6 +19,7 @@ _KEYS = {
     "mode": "federate.mode",
     "aggregator": "federate.aggregator",
     "compression": "chunk.compression",
+    "architecture": "chunk.architecture",
     "rounds.total": "federate.total_round_num",
     "rounds.exchange_timeout": "bittorrent.timeout",
     "rounds.min_completion_ratio": "bittorrent.min_completion_ratio",

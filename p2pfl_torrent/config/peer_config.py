@@ -30,6 +30,7 @@ from p2pfl_torrent.config.schema import (
     walk,
 )
 from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms, make_aggregator
+from p2pfl_torrent.core.architecture import Architecture, plan_by_architecture
 from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
 from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.errors import ConfigError
@@ -169,10 +170,22 @@ class PeerConfig:
             members=tuple(topology.members),
         )
 
-    def plan_layout(self, spec: ModelSpec) -> Layout:
-        """Cut a model as ``chunk`` says, a tiny one into fewer chunks, compressed as it says."""
+    def plan_layout(self, spec: ModelSpec, architecture: Architecture | None = None) -> Layout:
+        """Cut a model as ``chunk`` says, a tiny one into fewer chunks, compressed as it says.
+
+        Args:
+            architecture: what the model is made of; without it, the cut is uniform.
+        """
         num_chunks = max(1, min(self.chunk.num_chunks, spec.nbytes // MIN_CHUNK_BYTES))
-        plain = plan(spec, num_chunks=num_chunks, block_size=self.chunk.block_size)
+        block_size, chosen = self.chunk.block_size, self.chunk.architecture
+        if architecture is None or chosen == "uniform":
+            plain = plan(spec, num_chunks=num_chunks, block_size=block_size)
+        else:
+            if chosen != "auto":
+                architecture = replace(architecture, family=chosen)
+            plain = plan_by_architecture(
+                spec, architecture, num_chunks=num_chunks, block_size=block_size
+            )
         layout = replace(plain, compression=self._compression())
         for chunk in layout.chunks:
             layout.file_bounds(chunk.index)  # a name that is taken is told before anything starts
@@ -215,6 +228,7 @@ class PeerConfig:
             ),
             compression=layout.compression.name,
             aggregation=USUAL if self._aggregation() == USUAL else self._aggregation(),
+            architecture=self.chunk.architecture,
         )
 
     def _aggregation(self) -> AggregationTerms:

@@ -445,6 +445,9 @@ class ImportanceSection:
     adaptive: AdaptiveSection = section(AdaptiveSection)
 
 
+Cutting = Literal["auto", "uniform", "cnn", "transformer", "hybrid", "small", "large"]
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkSection:
     """How the model is cut, and what is exchanged of it."""
@@ -456,6 +459,15 @@ class ChunkSection:
         "the seed's; of a tiny model fewer, of 8 KiB",
         least=1,
         most=MAX_CHUNKS,
+    )
+    architecture: Literal["auto", "uniform", "cnn", "transformer", "hybrid", "small", "large"] = (
+        key(
+            "auto",
+            GENESIS,
+            "what the model is cut along: layers and attention blocks, in chunks of a size that "
+            "suits such a model; `uniform` is `num_chunks` in the order of the tensors",
+            "read from the model's modules; docs/adr/0005 has the sizes' rule",
+        )
     )
     block_size: int = key(
         65536,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -198,36 +198,48 @@ def plan(spec: ModelSpec, *, num_chunks: int, block_size: int) -> Layout:
             another one would have.
     """
     target = max(1, -(-spec.nbytes // num_chunks))
-    chunks: list[ChunkLayout] = []
-    slices: list[TensorSlice] = []
+    chunks: list[list[TensorSlice]] = []
     filled = 0
-
-    def close() -> None:
-        nonlocal filled
-        if slices:
-            chunks.append(ChunkLayout(len(chunks), tuple(slices), filled))
-            slices.clear()
-            filled = 0
-
     for part, nbytes in _pieces(spec, target):
         # Overshooting by less than half a piece is nearer to the target than stopping short.
-        if slices and filled + nbytes / 2 > target:
-            close()
-        slices.append(part)
+        if not chunks or filled + nbytes / 2 > target:
+            chunks.append([])
+            filled = 0
+        chunks[-1].append(part)
         filled += nbytes
-    close()
+    return checked_layout(spec, chunks, block_size)
+
+
+def checked_layout(
+    spec: ModelSpec, chunks: Sequence[Sequence[TensorSlice]], block_size: int
+) -> Layout:
+    """The layout with these slices.
+
+    Raises:
+        ConfigError: as ``plan``.
+    """
     if len(chunks) > MAX_CHUNKS:
         raise ConfigError(
             f"The model would be cut into {len(chunks)} chunks, of which at most {MAX_CHUNKS} can "
             "be addressed: choose a smaller chunk.num_chunks."
         )
-    layout = Layout(spec, tuple(chunks), block_size)
-    for chunk in chunks:
+    made = tuple(
+        ChunkLayout(index, tuple(slices), sum(_slice_bytes(spec, part) for part in slices))
+        for index, slices in enumerate(chunks)
+    )
+    layout = Layout(spec, made, block_size)
+    for chunk in made:
         names = [layout.slice_name(part) for part in chunk.slices]
         if len(set(names)) < len(names):
             name = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"Tensor {name!r} has the name of a slice of another: rename it.")
     return layout
+
+
+def _slice_bytes(spec: ModelSpec, part: TensorSlice) -> int:
+    tensor = spec.tensors[part.tensor]
+    rows = tensor.shape[0] if tensor.shape else 1
+    return tensor.nbytes // max(1, rows) * (part.stop - part.start)
 
 
 def _pieces(spec: ModelSpec, target: int) -> Iterator[tuple[TensorSlice, int]]:

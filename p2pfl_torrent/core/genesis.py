@@ -87,6 +87,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         layout: digest of the chunk layout.
         compression: ``Compression.name`` of the chunk files; not encoded where it is ``none``.
         aggregation: the aggregator's settings; not encoded where they are the usual ones.
+        architecture: what the model is cut along; not encoded where it is ``auto``.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -99,6 +100,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     rounds: RoundTerms
     compression: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "none"
     aggregation: AggregationTerms = USUAL
+    architecture: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "auto"
 
 
 class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,6 +186,7 @@ def _whole(terms: Terms) -> dict[str, Any]:
     return {
         **msgspec.to_builtins(terms),
         "compression": terms.compression,
+        "architecture": terms.architecture,
         "rounds": rounds,
         "aggregation": aggregation,
     }

@@ -74,7 +74,14 @@ class Peer:
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy(), on_address, gradients)
+        self._node = Node(
+            config,
+            self._model.spec,
+            self._model.copy(),
+            on_address,
+            gradients,
+            self._model.architecture,
+        )
         self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
         self._ready = threading.Event()
         self._ended = threading.Event()

@@ -10,6 +10,7 @@ from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.reports import RoundReport
 from p2pfl_torrent.core.tensors import Array, Arrays
+from p2pfl_torrent.learning.architecture import architecture_of
 from p2pfl_torrent.learning.norms import recalibrate
 from p2pfl_torrent.learning.state import (
     Module,
@@ -62,6 +63,7 @@ class LocalModel:
             norm_policy=config.chunk.norm_policy,
         )
         self.spec.validate()
+        self.architecture = architecture_of(model, self.spec)
         self._evaluate = evaluate
         self._optimizer = optimizer if config.federate.on_merge == "reset" else None
         self._recalibrates = config.chunk.norm_policy == "recalibrate"

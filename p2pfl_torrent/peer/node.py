@@ -14,6 +14,7 @@ import trio
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregators import make_aggregator
+from p2pfl_torrent.core.architecture import Architecture
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.joining import Welcome
@@ -89,6 +90,7 @@ class Node:
         weights: dict[str, Array],
         on_address: Callable[[str], object] | None = None,
         gradients: Gradients | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         self.config = config
         self._gradients = gradients
@@ -102,7 +104,7 @@ class Node:
         self._spec.validate()
         state = aggregator.first_state(spec, weights)
         self._start: Start | None = Start(state, model_hash(self._spec, state))
-        self._layout = config.plan_layout(spec)
+        self._layout = config.plan_layout(spec, architecture)
         self._terms = config.terms(spec, self._layout)
         self._initial_hash = self._start.hash
         self._rng = random.Random(f"{config.swarm.seed}/{os.urandom(8).hex()}")

@@ -12,7 +12,7 @@ import trio
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
 from p2pfl_torrent.core.aggregators import make_aggregator
-from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
+from p2pfl_torrent.core.chunking import Layout, slice_of
 from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.encoding import KeepUnsent, decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, P2PFLError
@@ -20,7 +20,7 @@ from p2pfl_torrent.core.genesis import Genesis
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport, RoundStarted
-from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, model_hash
+from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
 from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.bases import Bases, Residuals
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
@@ -388,28 +388,19 @@ class Rounds:
         bases: Mapping[UpdateId, Arrays | None],
     ) -> tuple[AggregateResult, bytes]:
         """Average into this round's checkpoint, in a worker thread; also the aggregate's hash."""
-        hasher = ModelHasher(self._layout.spec)
-        is_hashed_after = self._aggregator.optimizer is not None  # moments come out of order
         with self._checkpoints.draft(self.round) as draft:
-
-            def keep(part: TensorSlice, rows: Array) -> None:
-                draft.put(part, rows)
-                if not is_hashed_after:
-                    hasher.add(rows)
-
             result = aggregate(
                 self._layout,
                 chunks,
                 self._store.chunk,
                 start,
-                keep,
+                draft.put,
                 bases.__getitem__,
                 self._aggregator,
             )
+            new_hash = draft.model_hash()
         self._checkpoints.prune(self._kept_checkpoints)
-        if is_hashed_after:
-            return result, model_hash(self._state_spec, self._checkpoints.load(self.round))
-        return result, hasher.digest()
+        return result, new_hash
 
     def weights(self, state: Arrays) -> dict[str, Array]:
         """The model's part of what a round starts from."""

@@ -57,7 +57,14 @@ class AsyncPeer:
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
-        self._node = Node(config, self._model.spec, self._model.copy(), on_address, gradients)
+        self._node = Node(
+            config,
+            self._model.spec,
+            self._model.copy(),
+            on_address,
+            gradients,
+            self._model.architecture,
+        )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> AsyncPeer:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+
+import numpy as np
 
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, checkpoint_layout, decode_chunk
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
@@ -17,6 +20,7 @@ from p2pfl_torrent.core.tensors import (
     NUMPY_DTYPES,
     Array,
     Arrays,
+    ModelHasher,
     ModelSpec,
     array_bytes,
     model_hash,
@@ -24,6 +28,8 @@ from p2pfl_torrent.core.tensors import (
 from p2pfl_torrent.store.durable import replacing
 from p2pfl_torrent.store.errors import StoreError
 from p2pfl_torrent.store.mapped import map_file, write_all
+
+READ_AT_A_TIME = 1 << 20  # bytes: stays in the cache between the read and the hash
 
 _NAME = re.compile(r"round-(\d+)\.safetensors")
 
@@ -59,6 +65,24 @@ class Draft:
         place = self._offsets[part.tensor] + part.start * row_bytes
         write_all(self._file.fileno(), array_bytes(rows), place)
         self._missing -= rows.nbytes
+
+    def model_hash(self) -> bytes:
+        """The hash of what was written, read back: a layout need not keep the order of the tensors.
+
+        Raises:
+            LocalProtocolError: a row is missing.
+        """
+        self.check_complete()
+        hasher = ModelHasher(self._spec)
+        for index, tensor in enumerate(self._spec.tensors):
+            place, stop = self._offsets[index], self._offsets[index] + tensor.nbytes
+            while place < stop:
+                read = os.pread(self._file.fileno(), min(READ_AT_A_TIME, stop - place), place)
+                if not read:
+                    raise OSError(f"{self._file.name} ends early")
+                hasher.add(np.frombuffer(read, np.uint8))
+                place += len(read)
+        return hasher.digest()
 
     def check_complete(self) -> None:
         """LocalProtocolError unless every row was written."""

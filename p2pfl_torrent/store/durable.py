@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[FileIO]:
     temporary = path.with_suffix(".tmp")
     try:
         try:
-            with temporary.open("wb", buffering=0) as file:
+            with temporary.open("w+b", buffering=0) as file:
                 yield file
                 os.fsync(file.fileno())
             temporary.replace(path)

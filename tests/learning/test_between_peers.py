@@ -26,6 +26,7 @@ def exchanged(
     *,
     rounds: int = 1,
     norm_policy: str = "average",
+    architecture: str = "auto",
     calibration: Sequence[Any] = (None, None),
 ) -> list[list[RoundReport]]:
     """Let two blocking peers train and exchange; the reports of both."""
@@ -45,7 +46,7 @@ def exchanged(
                     "client_num": 2, "total_round_num": rounds, "join_timeout": PATIENCE,
                 },
                 "bittorrent": {"timeout": PATIENCE},
-                "chunk": {"norm_policy": norm_policy},
+                "chunk": {"norm_policy": norm_policy, "architecture": architecture},
                 "network": {"bootstrap": list(addresses)},
             }
         )  # fmt: skip
