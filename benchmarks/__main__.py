@@ -17,6 +17,7 @@ BENCHMARKS = {
     "training": "a training loop beside an exchange, with the network in a thread or process",
     "picker": "the picker alone on virtual time: CPU per block, closeness to the links' bound",
     "rounds": "protocol time of a round with next to nothing to send, and its gossip deliveries",
+    "scoring": "importance of chunks by each method, as a share of training time",
     "transport": "bytes from one process to another: ours, py-libp2p's own, trio's SSL and TCP",
 }
 

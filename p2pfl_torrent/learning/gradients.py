@@ -1,16 +1,16 @@
 """Gradient statistics of a round, gathered while the user trains: what scores chunks by gradients.
 
 A hook on the optimizer reads ``.grad`` just before a step. Sums stay on the parameter's device and
-are fetched once a round, so no step waits for one. Only some steps are looked at: a mean over every
-eighth mini-batch ranks chunks as one over all of them does, nearly, at an eighth of the cost.
+are fetched once a round, so no step waits for one. Only some steps are looked at: a mean over some
+mini-batches ranks chunks much as one over all of them does, at a fraction of the cost.
 
 Elements without a gradient (buffers, frozen or unused parameters, what is not a parameter) count
 nowhere: a chunk's mean is over the elements that have one, and a chunk of none scores 0. It travels
 all the same, as the picker multiplies importance by age. A gradient that is not finite (a step that
 a loss scaler will skip) is left out.
 
-With a loss scaler, gradients are read as scaled: the hook runs before they are unscaled, unless
-``scaler.unscale_(optimizer)`` was called. Ranks of snip and fisher do not depend on the scale.
+A loss scaler unscales gradients before it calls the optimizer, so the hook reads true ones; a
+callback reads what is there. Ranks of snip, and of fisher, do not depend on a constant scale.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.importance import Moments
 from p2pfl_torrent.learning.wrappers import unwrapping
 
-EVERY = {"magnitude": 16, "snip": 32, "fisher": 8}
+EVERY = {"magnitude": 64, "snip": 32, "fisher": 8}
 """Steps between two that are looked at, per method: each keeps its cost below its share."""
 
 SAMPLES_AT_A_TIME = 8  # per-sample gradients held at once: eight models' worth of memory
