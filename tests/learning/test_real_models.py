@@ -1,0 +1,68 @@
+"""Published architectures at their real size, with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.core.architecture import RANGES
+from p2pfl_torrent.core.chunking import decode_chunk, encode_chunk, slice_of
+from p2pfl_torrent.learning.architecture import architecture_of, describe_layout
+from p2pfl_torrent.learning.state import describe, to_arrays
+from tests.core.small_models import same_bits
+
+
+def transformers() -> Any:
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def resnet18() -> nn.Module:
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    model: nn.Module = models.resnet18()
+    return model
+
+
+def bert() -> nn.Module:
+    library = transformers()
+    model: nn.Module = library.BertModel(library.BertConfig())
+    return model
+
+
+def gpt2() -> nn.Module:
+    library = transformers()
+    model: nn.Module = library.GPT2LMHeadModel(library.GPT2Config())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "first"),
+    [
+        (resnet18, "cnn", "conv"),
+        (bert, "large", "position"),
+        (gpt2, "large", "position"),
+    ],
+)
+def test_it_comes_back_bit_for_bit_in_chunks_of_its_range(
+    make: Callable[[], nn.Module], family: str, first: str
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    spec = describe(model)
+    made_of = architecture_of(model, spec)
+    assert made_of.family == family
+    layout = PeerConfig().plan_layout(spec, made_of)
+    assert first in describe_layout(layout, made_of).splitlines()[0]
+    low, high = RANGES[made_of.family]
+    sizes = [chunk.payload_bytes for chunk in layout.chunks]
+    assert max(sizes) <= high
+    assert min(sizes[:-1]) >= low  # the last one alone may be smaller
+    arrays = to_arrays(model, spec)
+    for chunk in layout.chunks:
+        values = decode_chunk(layout, chunk.index, encode_chunk(layout, chunk.index, arrays))
+        for part, array in zip(chunk.slices, values, strict=True):
+            assert same_bits(array, slice_of(arrays[spec.tensors[part.tensor].name], part))
