@@ -12,6 +12,7 @@ BENCHMARKS = {
     "connect": "a full mesh of processes coming up: seconds, and milliseconds a link",
     "control": "bytes and CPU of announcements and membership as the swarm grows",
     "exchange": "one swarm of processes: seconds, CPU, duplicates, control bytes, memory",
+    "learning": "what cut rounds, methods and faults cost in learning: real data, virtual time",
     "links": "a swarm on slow and unequal links, beside their bound and a central server",
     "memory": "a peer idle beside a bare py-libp2p host, and its peak in exchanges",
     "training": "a training loop beside an exchange, with the network in a thread or process",

@@ -125,7 +125,7 @@ class Picker:
         """
         entries = manifest.entries
         self._largest = max(self._largest, *(entry.size for entry in entries))
-        if ages is None:
+        if ages is None or not self._policy.ages:
             ages = [1] * len(entries)
         order = sorted(
             range(len(entries)),

@@ -29,6 +29,8 @@ class PickerPolicy:
     Attributes:
         selection: "rarest_first" (turning to importance x age by the pressure), "importance"
             (that alone) or "random".
+        ages: whether importance is multiplied by age; without, it is what an experiment compares
+            with.
         active_requests: open requests per holder (the seed's active pool).
         pending_chunks: chunks begun at once (the seed's pending pool).
         endgame_holders: holders asked for the same blocks when one of them is slow or late.
@@ -53,6 +55,7 @@ class PickerPolicy:
     """
 
     selection: str = "rarest_first"
+    ages: bool = True
     active_requests: int = 10
     pending_chunks: int = 20
     endgame_holders: int = 2

@@ -81,6 +81,7 @@ class Federation:
         start: weights that all begin with.
         edges: pairs of neighbours; None makes everybody everybody's.
         told: called when a peer has the weights of its next round.
+        published: called when a peer's update of a round is signed, before others hear of it.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Federation:
         start: Arrays,
         edges: Iterable[tuple[PeerId, PeerId]] | None = None,
         told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
+        published: Callable[[PeerId, int], object] = lambda peer, round: None,
     ) -> None:
         self.world = make_world(self._closed, self._missed)
         self.learners = dict(learners)
@@ -99,6 +101,7 @@ class Federation:
         self.rounds: dict[PeerId, int] = {}
         self.outcomes: list[Outcome] = []
         self._told = told
+        self._published = published
         agreed = self.world.genesis.terms
         self._aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
         if self._aggregator.optimizer is not None:
@@ -182,6 +185,7 @@ class Federation:
         self._delivered[peer] = {
             chunk: decode_chunk(layout, chunk, data) for chunk, data in enumerate(files)
         }
+        self._published(peer, round)
         self.world.feed(peer, ev.UpdateReady(manifest))
 
     # --- churn -------------------------------------------------------------------------------
