@@ -17,6 +17,7 @@ _KEYS = {
     "name": "swarm.name",
     "seed": "swarm.seed",
     "mode": "federate.mode",
+    "fragment_share": "federate.fragment_share",
     "aggregator": "federate.aggregator",
     "compression": "chunk.compression",
     "architecture": "chunk.architecture",

@@ -168,6 +168,7 @@ class PeerConfig:
                 for place, others in sorted(topology.custom_graph.items())
             ),
             members=tuple(topology.members),
+            redraw=topology.redraw,
         )
 
     def plan_layout(self, spec: ModelSpec, architecture: Architecture | None = None) -> Layout:
@@ -205,7 +206,7 @@ class PeerConfig:
         federate = self.federate
         return Terms(
             name=self.swarm.name,
-            mode="swarm",
+            mode="swarm" if federate.mode == "distributed" else federate.mode,
             aggregator=federate.aggregator,
             seed=self.swarm.seed,
             model=model_term(spec),
@@ -227,6 +228,7 @@ class PeerConfig:
                 **({} if self.bittorrent.fill == "last" else {"fill": self.bittorrent.fill}),
             ),
             compression=layout.compression.name,
+            fragment_share=federate.fragment_share if federate.mode == "fragment" else 1.0,
             aggregation=USUAL if self._aggregation() == USUAL else self._aggregation(),
             architecture=self.chunk.architecture,
         )

@@ -126,11 +126,20 @@ class FederateSection:
     total_round_num: int = key(
         10, GENESIS, "rounds of the run", "enough to see learning", least=1, most=MAX_COUNT
     )
-    mode: Literal["distributed", "swarm"] = key(
+    mode: Literal["distributed", "swarm", "neighbour", "fragment"] = key(
         "swarm",
         GENESIS,
-        "everyone gets every update; `distributed` is the seed's name for it",
-        "plain FedAvg semantics",
+        "`swarm` (the seed's name: `distributed`): everyone gets every update; `neighbour`: that "
+        "of its neighbours alone, Metropolis weights; `fragment`: random chunks of theirs",
+        "plain FedAvg semantics; the others where that is too much to send",
+    )
+    fragment_share: float = key(
+        0.25,
+        GENESIS,
+        "of the chunks of a neighbour's update, the share that a peer draws in mode `fragment`",
+        "a quarter of the bytes; four peers' draws hold two thirds of a model",
+        above=0,
+        most=1,
     )
     aggregator: str = key(
         "fedavg",
@@ -264,6 +273,14 @@ class TopologySection:
         "place in `members` -> places of its neighbours, from 1",
         "the seed's form",
         most=4096,
+    )
+    redraw: int = key(
+        0,
+        GENESIS,
+        "rounds after which the overlay is drawn anew; 0: never",
+        "stable edges cost no dialling; new ones now and then help sparse modes to mix",
+        least=0,
+        most=MAX_COUNT,
     )
     members: list[str] = key(
         [],

@@ -60,15 +60,15 @@ def standing(
     sources: Sources,
     live: Mapping[PeerId, int],
 ) -> Standing:
-    """Where the round stands; ``live`` maps each live member to the round it is waited from."""
+    """Where the round stands; ``live`` maps each member waited for to the round it is so from."""
     lacking = False
     verified = announced = obtainable = 0
     for known in ledger.countable(round, terms.max_staleness):
         if known.manifest.owner == local:
             continue
-        total = known.manifest.header.payload_bytes
+        total = known.bytes_wanted
         announced += total
-        if known.held.complete:
+        if known.is_here:
             verified += total
             continue
         lacking = True
@@ -90,7 +90,7 @@ def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:
     if ledger.equivocated(owner, round):
         return True
     known = ledger.update_of(owner, round)
-    return known is not None and known.held.complete
+    return known is not None and known.is_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +158,16 @@ def counts(
     terms: RoundTerms,
     ledger: Ledger,
     dead: Collection[PeerId],
+    weight: Callable[[PeerId, int], float] = lambda owner, num_samples: float(num_samples),
 ) -> tuple[Count, ...]:
     """What goes into the aggregate, in canonical order.
 
     An update of this round counts with the chunks that are here, its missing ones filled with the
     owner's last received if the swarm agreed on that. An update of which nothing is here yet, or a
     late one that is still incomplete, is left for the next round while it is young enough.
+
+    Args:
+        weight: of an owner's fresh update with so many samples.
     """
     result: list[Count] = []
     counting = [
@@ -181,7 +185,7 @@ def counts(
         result.append(
             Count(
                 manifest=known.manifest,
-                weight=header.num_samples * discount(staleness),
+                weight=weight(known.manifest.owner, header.num_samples) * discount(staleness),
                 chunks=tuple(known.held),
                 fills=fills,
                 status=_status(known, staleness, known.manifest.owner in dead),
@@ -194,7 +198,7 @@ def _counts(known: KnownUpdate, staleness: int, max_staleness: int) -> bool:
     """Whether an update counts now, or is left for a later round."""
     if known.held.count == 0:
         return False
-    return staleness == 0 or known.held.complete or staleness == max_staleness
+    return staleness == 0 or known.is_here or staleness == max_staleness
 
 
 def _fills(
@@ -218,7 +222,7 @@ def _fills(
 def _status(known: KnownUpdate, staleness: int, dead: bool) -> str:
     if staleness:
         return "late"
-    if known.held.complete:
+    if known.is_here:
         return "complete"
     return "dead" if dead else "partial"
 
@@ -229,6 +233,7 @@ def too_late(ledger: Ledger, round: int, max_staleness: int) -> list[KnownUpdate
         known
         for known in ledger
         if known.counted_in is None
+        and known.wanted.count
         and not known.dropped
         and known.manifest.round < round - max_staleness
     )
@@ -254,7 +259,7 @@ class Absences:
 
     def forgotten(self, known: KnownUpdate) -> None:
         """An update left the store; if it never counted, nobody has been told yet."""
-        if known.counted_in is None and not known.dropped:
+        if known.counted_in is None and known.wanted.count and not known.dropped:
             self._dropped.add((known.manifest.owner, known.manifest.round))
 
     def closed(

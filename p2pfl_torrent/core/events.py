@@ -76,7 +76,11 @@ class AvailabilityGossip:
 
 @dataclass(frozen=True, slots=True)
 class MembersNow:
-    """The membership view: live members with the round each is waited for from, and the dead."""
+    """The membership view: live members with the round each is waited for from, and the dead.
+
+    Attributes:
+        live: in join order.
+    """
 
     live: Mapping[PeerId, int]
     dead: frozenset[PeerId]
@@ -213,7 +217,7 @@ class Count:
     """One update's part in an aggregate.
 
     Attributes:
-        weight: num_samples times the staleness discount.
+        weight: num_samples, or what the mode says, times the staleness discount.
         chunks: held chunks, counted fresh.
         fills: missing chunk -> an older update of the owner whose chunk stands in.
         status: as in ``reports.OwnerReport``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.errors import RemoteProtocolError
 from p2pfl_torrent.core.events import Drop, Effect, Emit, StoreBlocks, StoreComplete, ToHolder
-from p2pfl_torrent.core.ledger import Ledger
+from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.messages import Availability, Cancel, GetManifest, Have, Piece, Request
 from p2pfl_torrent.core.peers import PeerId
@@ -129,9 +129,11 @@ class Fetching:
         if update not in self._ledger:
             self._wanted.seen(update, round)
 
-    def learned(self, manifest: Manifest, ages: list[int]) -> None:
-        """A manifest entered the ledger: fetch its chunks from those who offered them."""
-        self._picker.add_update(manifest, ages=ages)
+    def learned(self, known: KnownUpdate, ages: list[int]) -> None:
+        """A manifest entered the ledger: fetch what is wanted of it from those who offered it."""
+        manifest = known.manifest
+        if known.wanted.count:
+            self._picker.add_update(manifest, ages=ages, wanted=known.wanted)
         for peer, offer in self._wanted.found(manifest.update).items():
             self._offer(peer, manifest.update, None, offer.chunks, offer.counted_in)
 

@@ -23,7 +23,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Who is whose neighbour.
 
     Attributes:
@@ -33,6 +33,7 @@ class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         custom_graph: pairs of a 1-based position in ``members`` (or in the roster where that is
             empty) and its neighbours' positions, sorted.
         members: PeerIds that the custom graph's integers stand for, in order.
+        redraw: rounds after which the overlay is drawn anew; 0, which is not encoded, for never.
     """
 
     type: str
@@ -40,6 +41,7 @@ class TopologyTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arity: Count
     custom_graph: tuple[tuple[int, tuple[int, ...]], ...]
     members: tuple[str, ...]
+    redraw: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] = 0
 
 
 class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -80,7 +82,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 
     Attributes:
         name: the swarm's name.
-        mode: who gets whose update; "swarm": everyone everyone's.
+        mode: who gets whose update, one of ``scope.MODES``.
         aggregator: how updates become one model, by its registered name.
         seed: of everything that all peers must draw alike (the overlay).
         model: the model spec's fingerprint, in a text of the peers' own making.
@@ -88,6 +90,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         compression: ``Compression.name`` of the chunk files; not encoded where it is ``none``.
         aggregation: the aggregator's settings; not encoded where they are the usual ones.
         architecture: what the model is cut along; not encoded where it is ``auto``.
+        fragment_share: of the mode ``fragment``, see ``scope.ScopeTerms``; not encoded where 1.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -101,6 +104,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     compression: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "none"
     aggregation: AggregationTerms = USUAL
     architecture: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "auto"
+    fragment_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
 
 
 class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

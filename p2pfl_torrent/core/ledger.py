@@ -20,6 +20,9 @@ class KnownUpdate:
     """One update and how far it is here.
 
     Attributes:
+        wanted: chunks of it that this peer takes, as its exchange mode has it.
+        bytes_wanted: of their files.
+        lacking: how many of them are not here.
         counted_in: the round whose aggregate it went into, here.
         came_late: it became known when its round was over here, so it was not counted in that one.
         dropped: it was reported as too late to count.
@@ -27,9 +30,17 @@ class KnownUpdate:
 
     manifest: Manifest
     held: Bitfield
+    wanted: Bitfield
+    bytes_wanted: int
+    lacking: int
     counted_in: int | None = None
     came_late: bool = False
     dropped: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether every chunk that is wanted is here."""
+        return not self.lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +95,16 @@ class Ledger:
         slot.equivocated = True
         return Equivocation(signed.owner, signed.round, slot.update, signed.update)
 
-    def add(self, manifest: Manifest, held: Bitfield | None = None) -> KnownUpdate:
-        """Know an update whose header ``see`` accepted."""
-        known = KnownUpdate(manifest, Bitfield(self._num_chunks))
+    def add(
+        self, manifest: Manifest, held: Bitfield | None = None, wanted: Bitfield | None = None
+    ) -> KnownUpdate:
+        """Know an update whose header ``see`` accepted; all of it is wanted if nothing is said."""
+        if wanted is None:
+            wanted = Bitfield.full(self._num_chunks)
+        size = manifest.header.payload_bytes
+        if not wanted.complete:
+            size = sum(manifest.entries[chunk].size for chunk in wanted)
+        known = KnownUpdate(manifest, Bitfield(self._num_chunks), wanted, size, wanted.count)
         self._updates[manifest.update] = known
         for chunk in held or ():
             self.hold(manifest.update, chunk)
@@ -95,7 +113,8 @@ class Ledger:
     def hold(self, update: UpdateId, chunk: int) -> None:
         """A chunk is here, verified."""
         known = self._updates[update]
-        known.held.add(chunk)
+        if known.held.add(chunk):
+            known.lacking -= chunk in known.wanted
         key = (known.manifest.owner, chunk)
         if self._last.get(key, (0, update))[0] <= known.manifest.round:
             self._last[key] = (known.manifest.round, update)
@@ -117,7 +136,7 @@ class Ledger:
         return slot is not None and slot.equivocated
 
     def countable(self, round: int, max_staleness: int) -> list[KnownUpdate]:
-        """Updates that may go into the aggregate of ``round``, in canonical order.
+        """Updates of which something may go into the aggregate of ``round``, in canonical order.
 
         Canonical order is owner, then the round trained in: the order of summation.
         """
@@ -126,6 +145,7 @@ class Ledger:
                 known
                 for known in self._updates.values()
                 if known.counted_in is None
+                and known.wanted.count
                 and round - max_staleness <= known.manifest.round <= round
                 and not self.equivocated(known.manifest.owner, known.manifest.round)
             ),

@@ -64,6 +64,8 @@ class Received:
 class _Update:
     manifest: Manifest
     complete: Bitfield
+    settled: Bitfield  # chunks that are here or not wanted: none of them is asked for
+    bytes_wanted: int
     merit: list[float]  # per chunk, rank of importance x age, 0-1
     stagger: list[float]  # per chunk, 0-1, evenly spread in an order drawn here
     holders: list[int]  # per chunk, how many announced it
@@ -115,6 +117,7 @@ class Picker:
         *,
         verified: Mapping[int, Bitfield] | None = None,
         complete: Bitfield | None = None,
+        wanted: Bitfield | None = None,
         ages: Sequence[int] | None = None,
     ) -> None:
         """Fetch an update; ``ages[k]`` is the rounds since its owner's chunk k was merged here.
@@ -122,6 +125,7 @@ class Picker:
         Args:
             verified: of chunks that are here in part, the blocks that are.
             complete: chunks that are here; changed as more arrive.
+            wanted: chunks to fetch; None for all.
         """
         entries = manifest.entries
         self._largest = max(self._largest, *(entry.size for entry in entries))
@@ -135,18 +139,26 @@ class Picker:
         for place, chunk in enumerate(order):
             merit[chunk] = place / max(1, len(entries) - 1)
         done = complete if complete is not None else Bitfield(len(entries))
-        update = _Update(manifest, done, merit, self._stagger(len(entries)), [0] * len(entries))
-        update.bytes_verified = sum(entries[chunk].size for chunk in done)
+        settled = Bitfield.of(len(entries), done)
+        for chunk in range(len(entries)):
+            if wanted is not None and chunk not in wanted:
+                settled.add(chunk)
+        missing = sum(entry.size for chunk, entry in enumerate(entries) if chunk not in settled)
+        here = sum(entries[chunk].size for chunk in done)
+        update = _Update(
+            manifest, done, settled, here + missing,
+            merit, self._stagger(len(entries)), [0] * len(entries), here,
+        )  # fmt: skip
         self._updates[manifest.update] = update
         for chunk, blocks in (verified or {}).items():
-            if chunk not in done and blocks.count:
+            if chunk not in settled and blocks.count:
                 here = sum(self._range_size(manifest, chunk, block, 1) for block in blocks)
                 free = len(blocks) - blocks.count
                 self._begun[manifest.update, chunk] = _Begun(
                     blocks, entries[chunk].size - here, free
                 )
                 update.bytes_verified += here
-        self._bytes_missing += manifest.header.payload_bytes - update.bytes_verified
+        self._bytes_missing += update.bytes_wanted - update.bytes_verified
 
     def _stagger(self, chunks: int) -> list[float]:
         order = list(range(chunks))
@@ -158,7 +170,7 @@ class Picker:
         known = self._updates.pop(update, None)
         if known is None:
             return []
-        self._bytes_missing -= known.manifest.header.payload_bytes - known.bytes_verified
+        self._bytes_missing -= known.bytes_wanted - known.bytes_verified
         self._epoch += 1  # or its chunks would stay at the bottom of every heap
         for key in [key for key in self._begun if key[0] == update]:
             del self._begun[key]
@@ -199,7 +211,7 @@ class Picker:
             if not has.add(chunk):
                 continue
             known.holders[chunk] += 1
-            if chunk in known.complete:
+            if chunk in known.settled:
                 continue
             if (update, chunk) not in self._begun:
                 self._enqueue(holder, (update, chunk))
@@ -209,7 +221,7 @@ class Picker:
     def _one_holder_less(self, update: UpdateId, chunk: int) -> None:
         known = self._updates[update]
         known.holders[chunk] -= 1
-        if not known.holders[chunk] and chunk not in known.complete:
+        if not known.holders[chunk] and chunk not in known.settled:
             known.obtainable -= self._missing(update, chunk)
 
     def _missing(self, update: UpdateId, chunk: int) -> int:
@@ -290,7 +302,7 @@ class Picker:
 
     def _could_begin(self, holder: _Holder, key: Key) -> bool:
         known = self._updates.get(key[0])
-        if known is None or key[1] in known.complete or key in self._begun:
+        if known is None or key[1] in known.settled or key in self._begun:
             return False
         return holder.holds(key)
 
@@ -414,13 +426,13 @@ class Picker:
         if begun is None:
             # A chunk of which nothing was here may have gone back to the candidates meanwhile.
             known = self._updates.get(request.update)
-            return request if known is not None and request.chunk not in known.complete else None
+            return request if known is not None and request.chunk not in known.settled else None
         return None if all(block in begun.here for block in request.blocks) else request
 
     def verified(self, request: BlockRequest, good: bool, now: float) -> Received:
         """The caller checked the blocks of a piece that ``received`` handed out."""
         known = self._updates.get(request.update)
-        if known is None or request.chunk in known.complete:
+        if known is None or request.chunk in known.settled:
             return Received(0, False, ())
         begun = self._begun.get(request.key)
         if not good:
@@ -449,6 +461,7 @@ class Picker:
         complete = begun.here.complete
         if complete:
             known.complete.add(request.chunk)
+            known.settled.add(request.chunk)
             del self._begun[request.key]
         return Received(duplicate, complete, tuple(cancels), tuple(fresh))
 
@@ -581,7 +594,7 @@ class Picker:
             entry.size
             for update, known in self._updates.items()
             for chunk, entry in enumerate(known.manifest.entries)
-            if chunk not in known.complete and (update, chunk) not in self._begun
+            if chunk not in known.settled and (update, chunk) not in self._begun
         )
         return min((*begun, *untouched), default=0)
 
@@ -601,12 +614,18 @@ class Picker:
         return known is not None and known.obtainable > 0
 
     def chunk_states(self, update: UpdateId) -> str:
-        """One character a chunk: "#" here, "+" begun, "." missing."""
+        """One character a chunk: "#" here, "+" begun, "." missing, "-" not wanted."""
         known = self._updates.get(update)
         if known is None:
             return ""
         return "".join(
-            "#" if chunk in known.complete else "+" if (update, chunk) in self._begun else "."
+            "#"
+            if chunk in known.complete
+            else "-"
+            if chunk in known.settled
+            else "+"
+            if (update, chunk) in self._begun
+            else "."
             for chunk in range(len(known.holders))
         )
 
@@ -630,12 +649,11 @@ class Picker:
             for chunk, count in enumerate(known.holders):
                 having = sum(holder.holds((update, chunk)) for holder in self._holders.values())
                 assert count == having
-                if count and chunk not in known.complete:
+                if count and chunk not in known.settled:
                     obtainable += self._missing(update, chunk)
             assert known.obtainable == obtainable
         assert self._bytes_missing == sum(
-            known.manifest.header.payload_bytes - known.bytes_verified
-            for known in self._updates.values()
+            known.bytes_wanted - known.bytes_verified for known in self._updates.values()
         )
 
     def _validate_order(self, holder: _Holder) -> None:

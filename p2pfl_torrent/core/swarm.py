@@ -57,6 +57,7 @@ from p2pfl_torrent.core.peers import PeerId, Verify
 from p2pfl_torrent.core.picker import Picker, PickerPolicy
 from p2pfl_torrent.core.reports import DeadlineSet, ManifestSeen, PeerDropped, RoundClosed
 from p2pfl_torrent.core.rounds import DeadlineChange, Frontier, RoundClock
+from p2pfl_torrent.core.scope import Scope, ScopeTerms
 from p2pfl_torrent.core.serving import Serving, Upload
 from p2pfl_torrent.core.uploads import UploadPolicy, UploadQueue
 
@@ -103,6 +104,11 @@ class Swarm:
         self.round = 0
         self.phase = "training"
         self.ledger = Ledger(len(layout.chunks))
+        agreed = genesis.terms
+        scope = ScopeTerms(
+            agreed.mode, agreed.fragment_share, agreed.seed, agreed.topology, len(layout.chunks)
+        )
+        self.scope = Scope(scope, local, (local,))
         self.picker = Picker(layout=layout, policy=policy.picker, rng=rng)
         self.serving = Serving(self.ledger, UploadQueue(policy.uploads, rng), layout.block_size)
         self.fetching = Fetching(self.ledger, self.picker, layout.block_size, len(layout.chunks))
@@ -223,7 +229,7 @@ class Swarm:
             for effect in list(effects):
                 if isinstance(effect, ev.StoreComplete):
                     self.ledger.hold(effect.update, effect.chunk)
-                    self._moved |= self.ledger[effect.update].held.complete
+                    self._moved |= self.ledger[effect.update].is_here
                     self._gossiping.changed(effect.update, now)
                     self.serving.have(effect.update, effect.chunk)
         if any(isinstance(effect, Drop) for effect in effects):
@@ -361,10 +367,11 @@ class Swarm:
             if effects and first is not None:  # found out now: others may have seen but one
                 effects.extend(self.serving.show_manifests(first.manifest, manifest))
             return effects
-        known = self.ledger.add(manifest)
+        wanted = self.scope.wanted(manifest.owner, manifest.round)
+        known = self.ledger.add(manifest, wanted=wanted)
         known.came_late = self._is_over(manifest.round, now)
         effects.append(ev.StoreManifest(manifest))
-        self.fetching.learned(manifest, self.ledger.ages(manifest.owner, manifest.round))
+        self.fetching.learned(known, self.ledger.ages(manifest.owner, manifest.round))
         header = manifest.header
         seen = ManifestSeen(
             manifest.owner, manifest.round, via, header.num_samples, header.payload_bytes
@@ -384,6 +391,7 @@ class Swarm:
     def _members_now(self, stimulus: ev.MembersNow, now: float) -> list[Effect]:
         self.live = MappingProxyType(dict(stimulus.live))
         self.dead = stimulus.dead
+        self.scope = self.scope.with_members(stimulus.live)
         self._members.update(stimulus.live)
         self._moved = True
         self._settling_since = now
@@ -425,14 +433,16 @@ class Swarm:
         manifest = stimulus.manifest
         if self.ledger.see(manifest.signed) is not None:
             return []
-        self.ledger.add(manifest, stimulus.held)
+        wanted = self.scope.wanted(manifest.owner, manifest.round)
+        known = self.ledger.add(manifest, stimulus.held, wanted)
         if stimulus.counted_in is not None:
             self.ledger.restore_counted({manifest.update: stimulus.counted_in})
-        elif not stimulus.held.complete:
+        elif not known.is_here:
             self.picker.add_update(
                 manifest,
                 verified=stimulus.blocks,
                 complete=stimulus.held,
+                wanted=wanted,
                 ages=self.ledger.ages(manifest.owner, manifest.round),
             )
         return []
@@ -494,15 +504,25 @@ class Swarm:
     def _all_have_some(self, known: KnownUpdate) -> bool:
         """Whether all who fetch here, if anybody does, have shown that they have some of it."""
         shown = self._shown(known)
-        return bool(shown) and all(chunks is not None and chunks.count for chunks in shown)
+        return bool(shown) and all(chunks is not None and chunks.count for chunks, _ in shown)
 
     def _all_have_all(self, known: KnownUpdate) -> bool:
         """Whether all who fetch here have shown that they have all of it."""
-        return all(chunks is not None and chunks.complete for chunks in self._shown(known))
+        return all(
+            chunks is not None and all(chunk in chunks for chunk in wanted)
+            for chunks, wanted in self._shown(known)
+        )
 
-    def _shown(self, known: KnownUpdate) -> list[Bitfield | None]:
-        fetchers = (self.serving.fetchers & self.live.keys()) - {known.manifest.owner}
-        return [self.fetching.remote_holds(peer, known.manifest.update) for peer in fetchers]
+    def _shown(self, known: KnownUpdate) -> list[tuple[Bitfield | None, Bitfield]]:
+        """Of each who fetches here and takes some of an update: what it has shown, and takes."""
+        owner = known.manifest.owner
+        found = []
+        for peer in (self.serving.fetchers & self.live.keys()) - {owner}:
+            wanted = self.scope.wanted_by(peer, owner, known.manifest.round)
+            if wanted.count:
+                remote = self.fetching.remote_holds(peer, known.manifest.update)
+                found.append((remote, wanted))
+        return found
 
     def next_wakeup(self, now: float) -> float:
         """When a Tick is due at the latest."""
@@ -584,7 +604,11 @@ class Swarm:
             terms=self.terms,
             ledger=self.ledger,
             sources=self.picker,
-            live=self.live,
+            live={
+                peer: since
+                for peer, since in self.live.items()
+                if self.scope.takes_from(peer, self.round)
+            },
         )
 
     def _deadline_set(self, change: DeadlineChange, now: float) -> Effect:
@@ -599,6 +623,7 @@ class Swarm:
             terms=self.terms,
             ledger=self.ledger,
             dead=self.dead,
+            weight=lambda owner, samples: self.scope.weight(owner, self.round, samples),
         )
         effects: list[Effect] = []
         for count in counted:
@@ -640,12 +665,10 @@ class Swarm:
         return self.serving.next_upload(peer, now)
 
     def others_have_all(self) -> bool:
-        """Whether every neighbour that fetches here holds what is here of the last two rounds."""
+        """Whether all who fetch here hold what they take of the last two rounds' updates here."""
         for known in self.ledger:
             if known.manifest.round < self.round - 1 or known.held.count == 0:
                 continue
-            for peer in self.serving.fetchers & set(self.live):
-                remote = self.fetching.remote_holds(peer, known.manifest.update)
-                if peer != known.manifest.owner and (remote is None or not remote.complete):
-                    return False
+            if not self._all_have_all(known):
+                return False
         return True

@@ -48,6 +48,19 @@ def neighbours(roster: Sequence[PeerId], terms: TopologyTerms, seed: int) -> Nei
     return {peer: frozenset(graph.adjacent[peer]) for peer in roster}
 
 
+def overlay_seed(seed: int, terms: TopologyTerms, round: int) -> int:
+    """The seed of a round's overlay: the swarm's, or another every ``terms.redraw`` rounds.
+
+    New neighbours now and then spread what few links carry (Epidemic Learning, de Vos et al.,
+    NeurIPS 2023).
+    """
+    if not terms.redraw:
+        return seed
+    epoch = max(0, round - 1) // terms.redraw
+    digest = hashlib.sha256(f"overlay {seed} {epoch}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
 def validate(terms: TopologyTerms, client_num: int) -> None:
     """Check a user's topology.
 

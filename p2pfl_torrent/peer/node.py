@@ -39,7 +39,7 @@ from p2pfl_torrent.core.reports import (
     TrainingProgress,
 )
 from p2pfl_torrent.core.tensors import Array, ModelSpec, model_hash
-from p2pfl_torrent.core.topology import neighbours
+from p2pfl_torrent.core.topology import neighbours, overlay_seed
 from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
 from p2pfl_torrent.exchange.membership import MembershipDriver
 from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
@@ -269,6 +269,8 @@ class Node:
         """Share an update and merge; see ``Rounds.exchange``."""
         merged = await self._rounds.exchange(arrays, num_samples, metrics, trio.current_time())
         self._driver.round_changed(self._rounds.round)
+        if self._terms.topology.redraw:
+            self._draw_overlay()
         if merged.report.late:
             self._came_back(merged.report.round)
         return merged
@@ -353,10 +355,15 @@ class Node:
         machine = self._driver.machine
         live = {member.peer: member.joined_round for member in roster}
         self._exchange.feed(ev.MembersNow(live, machine.dead()))
+        self._draw_overlay()
+
+    def _draw_overlay(self) -> None:
         local = PeerId(self.peer_id)
-        if local not in live:
+        if local not in self._members:
             return
-        overlay = neighbours(list(live), self._terms.topology, self._genesis.terms.seed)
+        topology = self._terms.topology
+        seed = overlay_seed(self._genesis.terms.seed, topology, self._rounds.round)
+        overlay = neighbours(list(self._members), topology, seed)
         near = {peer: self._members[peer].addrs for peer in overlay.get(local, ())}
         self._exchange.set_neighbours(near)
         self._driver.watch(near)

@@ -466,7 +466,12 @@ class Rounds:
         return Merged(None, report)
 
     def _agreement(self) -> float | None:
-        """Share of the others' updates of this round that were trained from our start weights."""
+        """Share of the others' updates of this round that were trained from our start weights.
+
+        None where there are none, or where every peer has a model of its own.
+        """
+        if self._genesis.terms.mode != "swarm":
+            return None
         bases = [
             known.manifest.header.base_hash
             for known in self._exchange.swarm.ledger

@@ -12,7 +12,9 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.chunking import Layout, plan
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.scope import Scope
 from p2pfl_torrent.core.tensors import Arrays, ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.core.topology import neighbours
 from p2pfl_torrent.simulation import (
     Federation,
     Link,
@@ -57,6 +59,9 @@ def federation(
     down: float = 1e6,
     seed: int = 0,
     seconds: float = 1.0,
+    mode: str = "swarm",
+    topology: str = "full",
+    share: float = 1.0,
     told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
 ) -> Federation:
     layout = plan(MODEL, num_chunks=6, block_size=1024)
@@ -75,13 +80,14 @@ def federation(
     )
     agreed = Terms(
         name="world",
-        mode="swarm",
+        mode=mode,
         aggregator="fedavg",
         seed=0,
         model=layout.spec.fingerprint(),
         layout=layout.digest,
-        topology=TopologyTerms("full", 3, 2, (), ()),
+        topology=TopologyTerms(topology, 3, 2, (), ()),
         rounds=terms,
+        fragment_share=share,
     )
     start: Arrays = {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}
     initial = model_hash(MODEL, start).hex()
@@ -101,7 +107,9 @@ def federation(
         )
 
     learners = {PeerId(name): Adder(float(k), seconds) for k, name in enumerate(names)}
-    return Federation(world, learners, start, told=told)
+    overlay = neighbours([PeerId(name) for name in names], agreed.topology, 0)
+    edges = [(a, b) for a, near in overlay.items() for b in near if a < b]
+    return Federation(world, learners, start, edges, told=told)
 
 
 def hashes(run: Federation) -> dict[int, set[bytes]]:
@@ -168,3 +176,73 @@ def test_killed_at_any_moment_all_survivors_finish(at: float) -> None:
     run.world.at(at, lambda: run.kill(PeerId("c")))
     run.run()
     assert {run.rounds[PeerId(name)] for name in "abd"} == {4}
+
+
+def test_neighbours_average_by_metropolis_weights() -> None:
+    told: dict[tuple[str, int], Arrays] = {}
+    run = federation(
+        "abcde",
+        rounds=3,
+        mode="neighbour",
+        topology="ring",
+        told=lambda outcome, arrays: told.update({(outcome.peer, outcome.round): arrays}),
+    )
+    run.run()
+    names = "abcde"
+    overlay = neighbours([PeerId(name) for name in names], run.world.genesis.terms.topology, 0)
+    mixing = np.zeros((5, 5))
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            if PeerId(b) in overlay[PeerId(a)]:
+                mixing[i, j] = 1 / 3
+        mixing[i, i] = 1 - mixing[i].sum()
+    expected = np.zeros(5)
+    for round in (1, 2, 3):
+        expected = mixing @ (expected + np.arange(5.0))
+        for place, name in enumerate(names):
+            for array in told[name, round].values():
+                assert np.allclose(array, expected[place], atol=1e-5)
+    assert {outcome.completeness for outcome in run.outcomes} == {1.0}
+    assert max(outcome.at for outcome in run.outcomes) < 30.0  # nobody waits for strangers
+    payload = [node.payload_bytes for node in run.world.nodes.values()]
+    assert max(payload) < 3 * 2 * 1.2 * BYTES  # two neighbours' updates a round
+
+
+def test_fragments_are_averaged_over_those_who_drew_them() -> None:
+    told: dict[tuple[str, int], Arrays] = {}
+    run = federation(
+        "abcdef",
+        rounds=1,
+        mode="fragment",
+        share=0.4,
+        told=lambda outcome, arrays: told.update({(outcome.peer, outcome.round): arrays}),
+    )
+    run.run()
+    members = [PeerId(name) for name in "abcdef"]
+    layout = run.world.layout
+    for peer in members:
+        scope = Scope(run.world.nodes[peer].swarm.scope.terms, peer, members)
+        drawn = 0
+        for chunk in layout.chunks:
+            owners = [k for k, owner in enumerate(members) if chunk.index in scope.wanted(owner, 1)]
+            drawn += len(owners) - 1
+            for part in chunk.slices:
+                rows = told[peer, 1][MODEL.tensors[part.tensor].name][part.start : part.stop]
+                assert np.allclose(rows, np.mean(owners))
+        received = run.world.nodes[peer].payload_bytes
+        assert received == sum(
+            node_entry.size
+            for manifest in run.world.nodes[peer].manifests.values()
+            if manifest.owner != peer
+            for chunk, node_entry in enumerate(manifest.entries)
+            if chunk in scope.wanted(manifest.owner, 1)
+        )
+        assert drawn
+    assert {outcome.completeness for outcome in run.outcomes} == {1.0}
+
+
+def test_fragments_on_a_sparse_overlay_come_from_neighbours_alone() -> None:
+    run = federation("abcdefgh", rounds=4, mode="fragment", topology="mesh", share=0.5)
+    run.run()
+    assert set(run.rounds.values()) == {5}
+    assert len({outcome.model_hash for outcome in run.outcomes if outcome.round == 4}) == 8
