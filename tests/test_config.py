@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from p2pfl_torrent.config import PeerConfig, reference
 from p2pfl_torrent.core.errors import ConfigError
-from p2pfl_torrent.core.genesis import decode_terms, difference, encode_terms
+from p2pfl_torrent.core.genesis import Terms, decode_terms, difference, encode_terms
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_what_is_left_out_is_the_default(tmp_path: Path, text: str) -> None:
         ("chunk: {include: [1]}", "chunk.include[0] must be text, not 1."),
         ("federate: 3", "federate must hold keys"),
         ("- a", "the file must hold keys"),
-        ("federate: {mode: standalone}", "may not be 'standalone': use distributed or swarm."),
+        ("federate: {mode: standalone}", "use distributed or swarm or neighbour or fragment."),
         ("chunk: {importance_method: snipp}", "may not be 'snipp'"),
         ("chunk: {importance_config: {fisher: {dampin: 1}}}", "did you mean chunk.importance_con"),
         ("chunk: {importance_config: {adaptive: {slow: 0}}}", "slow is 0.0: it must be above 0"),
@@ -103,6 +103,9 @@ def test_what_is_left_out_is_the_default(tmp_path: Path, text: str) -> None:
         ("chunk: {num_chunks: 70000}", "from 1 to 65,536"),
         ("chunk: {include: []}", "chunk.include has 0 entries"),
         (f"swarm: {{run_id: {'x' * 65}}}", "run_id has 65 characters: it may have at most 64."),
+        ("{federate: {mode: fragment}, chunk: {delta: true}}", "chunk.delta needs a round's start"),
+        ("federate: {mode: neighbour, aggregator: fedadam}", "choose another, or mode: swarm."),
+        ("federate: {mode: neighbour, importance_weighting: true}", "has weights of its own"),
         ("federate: {min_members: 5}", "above federate.client_num (2)"),
         ("network: {listen: [tcp]}", "network.listen: 'tcp' is not of the form"),
         ("network: {bootstrap: [/ip4/1.2.3.4/tcp/1]}", "network.bootstrap"),
@@ -220,6 +223,7 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "federate.server_lr": 0.1, "federate.server_beta1": 0.5, "federate.server_beta2": 0.5,
         "federate.server_tau": 0.01, "federate.importance_weighting": True,
         "bittorrent.fill": "renormalise",
+        "federate.mode": "neighbour", "topology.redraw": 3,
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)
@@ -232,14 +236,25 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         assert (theirs != ours) == (scopes[path] == "genesis"), path
         if theirs != ours:
             assert difference(ours, theirs)
-    # One value only, needs custom or topk, decided by the model spec, or read by join alone:
+    # Read in one mode only, needs custom or topk, decided by the model spec, or read by join alone:
     untried = set(scopes) - set(other)
     assert {path for path in untried if not path.startswith("task.")} == {
-        "federate.mode", "topology.custom_graph", "topology.members",
+        "federate.fragment_share", "topology.custom_graph", "topology.members",
         "chunk.importance_config.l2_norm.depth_boost",
         "chunk.importance_config.l2_norm.normalize_by_size",
         "chunk.include", "chunk.exclude", "chunk.norm_policy", "chunk.topk_share",
     }  # fmt: skip
+
+
+def test_a_fragments_share_is_agreed_on_in_its_mode_alone() -> None:
+    spec = ModelSpec((TensorSpec("w", "F32", (10_000, 10)),))
+
+    def terms(mode: str, share: float) -> Terms:
+        config = PeerConfig().with_values(federate__mode=mode, federate__fragment_share=share)
+        return config.terms(spec, config.plan_layout(spec))
+
+    assert terms("swarm", 0.5) == terms("distributed", 0.25)
+    assert terms("fragment", 0.5) != terms("fragment", 0.25)
 
 
 def test_terms_are_what_another_peer_can_read() -> None:

@@ -29,7 +29,7 @@ from p2pfl_torrent.config.schema import (
     section,
     walk,
 )
-from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms, make_aggregator
+from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms, Aggregator, make_aggregator
 from p2pfl_torrent.core.architecture import Architecture, plan_by_architecture
 from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
 from p2pfl_torrent.core.compression import Compression
@@ -124,12 +124,34 @@ class PeerConfig:
             )
         self._check_topology()
         aggregator = make_aggregator(federate.aggregator, self._aggregation())
+        self._check_mode(aggregator)
         if federate.importance_weighting and not aggregator.is_weighted:
             raise ConfigError(
                 f"federate.importance_weighting is on, but {federate.aggregator} has no weights: "
                 "turn it off, or choose another federate.aggregator."
             )
         return self
+
+    def _check_mode(self, aggregator: Aggregator) -> None:
+        """What needs one model everywhere does not go with modes in which each has its own."""
+        mode = self.federate.mode
+        if mode in ("neighbour", "fragment"):
+            needs = {
+                f"federate.aggregator: {aggregator.name}": aggregator.optimizer is not None,
+                "chunk.delta": self.chunk.delta,
+                "chunk.compression: topk": self.chunk.compression == "topk",
+            }
+            for what, is_on in needs.items():
+                if is_on:
+                    raise ConfigError(
+                        f"{what} needs a round's start that is the same at every peer, and with "
+                        f"federate.mode: {mode} each has its own: choose another, or mode: swarm."
+                    )
+        if mode == "neighbour" and self.federate.importance_weighting:
+            raise ConfigError(
+                "federate.importance_weighting is on, but federate.mode: neighbour has weights of "
+                "its own: turn it off, or choose another mode."
+            )
 
     def _check_addresses(self) -> None:
         network, peer_id = self.network, re.compile(_PEER_ID)

@@ -8,8 +8,7 @@ peer that has them.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.manifest import block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
+from p2pfl_torrent.core.topology import neighbours, overlay_seed
 from p2pfl_torrent.simulation.node import Node
 from p2pfl_torrent.simulation.world import World, sign_as
 
@@ -79,7 +79,6 @@ class Federation:
     Args:
         make_world: given the handlers for a closed and for a missed round.
         start: weights that all begin with.
-        edges: pairs of neighbours; None makes everybody everybody's.
         told: called when a peer has the weights of its next round.
         published: called when a peer's update of a round is signed, before others hear of it.
     """
@@ -91,7 +90,6 @@ class Federation:
         ],
         learners: Mapping[PeerId, Learner],
         start: Arrays,
-        edges: Iterable[tuple[PeerId, PeerId]] | None = None,
         told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
         published: Callable[[PeerId, int], object] = lambda peer, round: None,
     ) -> None:
@@ -112,12 +110,11 @@ class Federation:
         self._terms = agreed.rounds
         self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
         self._waiting: dict[PeerId, int] = {}  # who missed a round, and waits for the next one's
-        pairs = itertools.combinations(self.learners, 2) if edges is None else edges
-        self._edges = tuple(pairs)
+        self._edges: set[frozenset[PeerId]] = set()
+        self._drawn_for = 1
         for peer in self.learners:
             self.world.add(peer)
-        for a, b in self._edges:
-            self.world.link(a, b)
+        self._draw_overlay()
 
     # --- the run -----------------------------------------------------------------------------
 
@@ -138,6 +135,9 @@ class Federation:
     def _begin(self, peer: PeerId, round: int, *, caught_up: bool) -> None:
         node = self.world.nodes[peer]
         self.rounds[peer] = round
+        if round > self._drawn_for:
+            self._drawn_for = round
+            self._draw_overlay()
         forgotten = node.prune(
             round, max(KEEP_ROUNDS, self._terms.max_staleness), self._terms.fill_max_age
         )
@@ -208,10 +208,7 @@ class Federation:
             known = old.swarm.ledger.get(manifest.update)
             counted_in = known.counted_in if known is not None else None
             self.world.feed(peer, ev.Restored(manifest, held, {}, counted_in))
-        for a, b in self._edges:
-            other = b if a == peer else a
-            if peer in (a, b) and not self.world.nodes[other].killed:
-                self.world.link(a, b)
+        self._edges = {edge for edge in self._edges if peer not in edge}
         self._tell_members()
         self._begin(peer, self.rounds[peer], caught_up=False)
 
@@ -219,6 +216,20 @@ class Federation:
         nodes = self.world.nodes
         live = [peer for peer, node in nodes.items() if not node.killed]
         self.world.members(live, [peer for peer, node in nodes.items() if node.killed])
+        self._draw_overlay()
+
+    def _draw_overlay(self) -> None:
+        """Open and close edges: those of the living, in the newest round that anybody is in."""
+        agreed = self.world.genesis.terms
+        live = [peer for peer, node in self.world.nodes.items() if not node.killed]
+        seed = overlay_seed(agreed.seed, agreed.topology, self._drawn_for)
+        overlay = neighbours(live, agreed.topology, seed)
+        wanted = {frozenset((a, b)) for a, near in overlay.items() for b in near}
+        for edge in sorted(map(sorted, wanted - self._edges)):
+            self.world.link(PeerId(edge[0]), PeerId(edge[1]))
+        for edge in sorted(map(sorted, self._edges - wanted)):
+            self.world.unlink(PeerId(edge[0]), PeerId(edge[1]))
+        self._edges = wanted
 
     # --- how a round ends --------------------------------------------------------------------
 

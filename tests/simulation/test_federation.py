@@ -107,9 +107,7 @@ def federation(
         )
 
     learners = {PeerId(name): Adder(float(k), seconds) for k, name in enumerate(names)}
-    overlay = neighbours([PeerId(name) for name in names], agreed.topology, 0)
-    edges = [(a, b) for a, near in overlay.items() for b in near if a < b]
-    return Federation(world, learners, start, edges, told=told)
+    return Federation(world, learners, start, told=told)
 
 
 def hashes(run: Federation) -> dict[int, set[bytes]]:
@@ -246,3 +244,14 @@ def test_fragments_on_a_sparse_overlay_come_from_neighbours_alone() -> None:
     run.run()
     assert set(run.rounds.values()) == {5}
     assert len({outcome.model_hash for outcome in run.outcomes if outcome.round == 4}) == 8
+
+
+@pytest.mark.parametrize("mode", ["neighbour", "fragment"])
+def test_a_dead_neighbour_is_not_waited_for_in_any_mode(mode: str) -> None:
+    run = federation(
+        "abcdef", rounds=3, seconds=20.0, mode=mode, topology="ring", share=0.5, window=200.0
+    )
+    run.world.at(21.0, lambda: run.kill(PeerId("c")))
+    run.run()
+    assert {run.rounds[PeerId(name)] for name in "abdef"} == {4}
+    assert max(outcome.at for outcome in run.outcomes) < 3 * 20.0 + 30.0
