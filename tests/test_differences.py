@@ -34,6 +34,7 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
         ({"federate__quorum": 1.0}, "federate.quorum is 0.5 here and 1.0 there"),
         ({"bittorrent__timeout": 4.0}, "bittorrent.timeout is 600.0 here and 4.0 there"),
         ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
+        ({"bittorrent__fill_decay": 0.5}, "bittorrent.fill_decay is 1.0 here and 0.5 there"),
         ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),
         ({"chunk__num_chunks": 1}, "chunk.num_chunks or chunk.block_size is another one there"),
         ({"chunk__compression": "int8"}, "chunk.compression is none here and int8 there"),

@@ -26,6 +26,7 @@ _KEYS = {
     "rounds.min_completion_ratio": "bittorrent.min_completion_ratio",
     "rounds.fill_max_age": "bittorrent.fill_max_age",
     "rounds.fill": "bittorrent.fill",
+    "rounds.fill_decay": "bittorrent.fill_decay",
 }  # the other terms of rounds and aggregation are federate's keys of the same name
 
 Outline = tuple[str, int, tuple[TensorSpec, ...]]

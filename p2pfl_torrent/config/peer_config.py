@@ -29,7 +29,7 @@ from p2pfl_torrent.config.schema import (
     section,
     walk,
 )
-from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms, Aggregator, make_aggregator
+from p2pfl_torrent.core.aggregators import AggregationTerms, Aggregator, make_aggregator
 from p2pfl_torrent.core.architecture import Architecture, plan_by_architecture
 from p2pfl_torrent.core.chunking import MIN_CHUNK_BYTES, Layout, plan
 from p2pfl_torrent.core.compression import Compression
@@ -246,12 +246,12 @@ class PeerConfig:
                 max_staleness=federate.max_staleness,
                 fill_max_age=self.bittorrent.fill_max_age,
                 max_num_samples=federate.max_num_samples,
-                # Equal is not enough: what is usual is not encoded if it is the very default.
-                **({} if self.bittorrent.fill == "last" else {"fill": self.bittorrent.fill}),
+                fill=self.bittorrent.fill,
+                fill_decay=self.bittorrent.fill_decay,
             ),
             compression=layout.compression.name,
             fragment_share=federate.fragment_share if federate.mode == "fragment" else 1.0,
-            aggregation=USUAL if self._aggregation() == USUAL else self._aggregation(),
+            aggregation=self._aggregation(),
             architecture=self.chunk.architecture,
         )
 

@@ -361,6 +361,14 @@ class BittorrentSection:
         "round-start value",
         "the last one kept peers closest in trials",
     )
+    fill_decay: float = key(
+        1.0,
+        GENESIS,
+        "factor on the weight of a chunk that `fill: last` put in, for each round of its age",
+        "below 1 old values pull the model back less where deadlines let much through",
+        above=0,
+        most=1,
+    )
     linger: float = key(
         10.0,
         LOCAL,

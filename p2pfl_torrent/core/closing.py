@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from p2pfl_torrent.core.aggregation import discount
-from p2pfl_torrent.core.events import Count
+from p2pfl_torrent.core.events import Count, Fill
 from p2pfl_torrent.core.genesis import RoundTerms
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
+
+SMALLEST_FACTOR = 2.0**-40  # of a fill's weight: next to fresh values nothing, alone everything
 
 
 class Sources(Protocol):
@@ -179,15 +181,13 @@ def counts(
     for known in counting:
         header = known.manifest.header
         staleness = round - header.round
-        fills = (
-            _fills(known, round, terms.fill_max_age, ledger, fresh) if terms.fill == "last" else {}
-        )
+        weighs = weight(known.manifest.owner, header.num_samples) * discount(staleness)
         result.append(
             Count(
                 manifest=known.manifest,
-                weight=weight(known.manifest.owner, header.num_samples) * discount(staleness),
+                weight=weighs,
                 chunks=tuple(known.held),
-                fills=fills,
+                fills=_fills(known, weighs, round, terms, ledger, fresh),
                 status=_status(known, staleness, known.manifest.owner in dead),
             )
         )
@@ -202,21 +202,37 @@ def _counts(known: KnownUpdate, staleness: int, max_staleness: int) -> bool:
 
 
 def _fills(
-    known: KnownUpdate, round: int, max_age: int, ledger: Ledger, fresh: Set[UpdateId]
-) -> dict[int, UpdateId]:
+    known: KnownUpdate,
+    weight: float,
+    round: int,
+    terms: RoundTerms,
+    ledger: Ledger,
+    fresh: Set[UpdateId],
+) -> dict[int, Fill]:
     """Chunk -> older update to take it from, but for ``fresh`` ones: those count by themselves."""
-    if known.held.complete:
+    if known.held.complete or terms.fill != "last":
         return {}
-    found = {
-        chunk: ledger.fill(known.manifest.owner, chunk, round, max_age)
-        for chunk in range(len(known.held))
-        if chunk not in known.held
-    }
-    return {
-        chunk: update
-        for chunk, update in found.items()
-        if update is not None and update not in fresh
-    }
+    fills = {}
+    for chunk in range(len(known.held)):
+        if chunk in known.held:
+            continue
+        update = ledger.fill(known.manifest.owner, chunk, round, terms.fill_max_age)
+        if update is not None and update not in fresh:
+            age = known.manifest.round - ledger[update].manifest.round
+            fills[chunk] = Fill(update, weight * fill_factor(terms.fill_decay, age))
+    return fills
+
+
+def fill_factor(decay: float, age: int) -> float:
+    """Share of its owner's weight that a chunk has which is ``age`` rounds older: decay^age.
+
+    Old values pull a model back to where it was; the further, the older they are. Never zero, so
+    that a chunk of which nothing else is here is still averaged over its fills.
+    """
+    factor = 1.0
+    for _ in range(age):  # not a power: libraries round it differently
+        factor = max(factor * decay, SMALLEST_FACTOR)
+    return factor
 
 
 def _status(known: KnownUpdate, staleness: int, dead: bool) -> str:

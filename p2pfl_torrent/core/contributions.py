@@ -22,8 +22,8 @@ def contributions(layout: Layout, close: ev.CloseRound, terms: Terms) -> dict[in
         if terms.rounds.fill == "round_start":
             found = dict.fromkeys(chunks, (owner, None, weight))
         found.update(dict.fromkeys(count.chunks, (owner, count.manifest.update, weight)))
-        found.update({chunk: (owner, update, weight) for chunk, update in count.fills.items()})
-        for chunk, (_, update, _) in found.items():
+        found.update({chunk: (owner, *fill) for chunk, fill in count.fills.items()})
+        for chunk, (_, update, weight) in found.items():
             factor = 1.0
             if terms.aggregation.importance_weighting:
                 factor = importance_factor(count.manifest.entries[chunk].rank, total)

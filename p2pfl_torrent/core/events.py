@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.manifest import Manifest, UpdateId
@@ -212,6 +213,13 @@ class Drop:
     seconds: float
 
 
+class Fill(NamedTuple):
+    """An older update of an owner, whose chunk stands in for a missing one, and its weight."""
+
+    update: UpdateId
+    weight: float
+
+
 @dataclass(frozen=True, slots=True)
 class Count:
     """One update's part in an aggregate.
@@ -219,14 +227,14 @@ class Count:
     Attributes:
         weight: num_samples, or what the mode says, times the staleness discount.
         chunks: held chunks, counted fresh.
-        fills: missing chunk -> an older update of the owner whose chunk stands in.
+        fills: missing chunk -> what stands in for it.
         status: as in ``reports.OwnerReport``.
     """
 
     manifest: Manifest
     weight: float
     chunks: tuple[int, ...]
-    fills: Mapping[int, UpdateId]
+    fills: Mapping[int, Fill]
     status: str
 
 

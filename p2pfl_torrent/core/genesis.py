@@ -17,6 +17,7 @@ from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 MAX_GENESIS_BYTES = 32768
 
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)]
@@ -61,6 +62,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         max_num_samples: bound on any owner's weight.
         fill: what stands in for a missing chunk: "last", "renormalise" or "round_start"; not
             encoded where it is "last".
+        fill_decay: factor on such a chunk's weight per round of its age; not encoded where 1.
     """
 
     total: Count
@@ -75,6 +77,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     fill_max_age: Annotated[int, msgspec.Meta(ge=0, le=1000)]
     max_num_samples: Count
     fill: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "last"
+    fill_decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -154,9 +157,25 @@ def _canonical(value: Terms | Genesis) -> bytes:
     # A struct takes what it is given: 60 for 60.0 would make two swarms of one configuration.
     try:
         checked = msgspec.convert(msgspec.to_builtins(value), type(value))
-        return msgspec.json.encode(checked, order="deterministic")
+        return msgspec.json.encode(_usual(checked), order="deterministic")
     except (msgspec.MsgspecError, UnicodeEncodeError) as error:
         raise LocalProtocolError(f"{type(value).__name__} out of bounds ({error})") from error
+
+
+def _usual(value: _S) -> _S:
+    """With the very default wherever it equals it: only so ``omit_defaults`` leaves it out."""
+    values = {name: getattr(value, name) for name in value.__struct_fields__}
+    same = {
+        field.name: field.default
+        for field in msgspec.structs.fields(value)
+        if values[field.name] == field.default
+    }
+    inner = {
+        name: _usual(part)
+        for name, part in values.items()
+        if isinstance(part, msgspec.Struct) and name not in same
+    }
+    return msgspec.structs.replace(value, **inner, **same)
 
 
 def _decode(data: bytes, kind: type[_T]) -> _T:
@@ -183,17 +202,11 @@ def difference(ours: Terms, theirs: Terms) -> str:
     return "; ".join(lines)
 
 
-def _whole(terms: Terms) -> dict[str, Any]:
+def _whole(value: object) -> Any:
     """With what is not encoded, being the default."""
-    rounds = {**msgspec.to_builtins(terms.rounds), "fill": terms.rounds.fill}
-    aggregation = msgspec.to_builtins(terms.aggregation)
-    return {
-        **msgspec.to_builtins(terms),
-        "compression": terms.compression,
-        "architecture": terms.architecture,
-        "rounds": rounds,
-        "aggregation": aggregation,
-    }
+    if isinstance(value, msgspec.Struct):
+        return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
+    return msgspec.to_builtins(value)
 
 
 def _short(value: object) -> str:

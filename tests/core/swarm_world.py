@@ -39,7 +39,7 @@ TERMS = RoundTerms(
     max_num_samples=10_000,
 )
 
-Counts = tuple[tuple[PeerId, int, float, tuple[int, ...], tuple[tuple[int, UpdateId], ...]], ...]
+Counts = tuple[tuple[PeerId, int, float, tuple[int, ...], tuple[tuple[int, ev.Fill], ...]], ...]
 Event = TypeVar("Event")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from p2pfl_torrent.core.aggregation import discount
 from p2pfl_torrent.core.closing import (
+    SMALLEST_FACTOR,
     Standing,
     Window,
     counts,
@@ -18,6 +19,7 @@ from p2pfl_torrent.core.closing import (
     too_late,
     verdict,
 )
+from p2pfl_torrent.core.events import Fill
 from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -105,7 +107,23 @@ def test_missing_chunks_are_filled_with_what_is_not_too_old() -> None:
     made.count(older.update, range(9), 1)
     (found,) = counts(local=A, round=4, terms=TERMS, ledger=made, dead=set())
     assert found.chunks == (0, 1)
-    assert found.fills == {2: old.update, 3: old.update}  # the oldest is three rounds old
+    # The oldest is three rounds old.
+    assert found.fills == {2: Fill(old.update, 10.0), 3: Fill(old.update, 10.0)}
+
+
+def test_a_fill_weighs_less_the_older_it_is_and_never_nothing() -> None:
+    first, second, part = update(1, "b"), update(2, "b"), update(3, "b")
+    made = ledger((first, "#########"), (second, "####....."), (part, "##......."))
+    made.count(first.update, range(9), 1)
+    made.count(second.update, range(4), 2)
+
+    def weights(decay: float) -> list[float]:
+        agreed = msgspec.structs.replace(TERMS, fill_decay=decay)
+        (found,) = counts(local=A, round=3, terms=agreed, ledger=made, dead=set())
+        return [fill.weight / found.weight for _, fill in sorted(found.fills.items())]
+
+    assert weights(0.25) == [0.25] * 2 + [0.0625] * 5
+    assert weights(1e-300) == [SMALLEST_FACTOR] * 7
 
 
 @pytest.mark.parametrize("fill", ["renormalise", "round_start"])

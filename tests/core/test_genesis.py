@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2pfl_torrent.core.aggregators import AggregationTerms
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 from p2pfl_torrent.core.genesis import (
     MAX_GENESIS_BYTES,
@@ -51,6 +52,16 @@ def test_a_whole_number_of_seconds_makes_the_same_swarm() -> None:
     rounds = msgspec.structs.replace(ROUNDS, join_timeout=60, quorum=0.5)
     same = msgspec.structs.replace(GENESIS, terms=msgspec.structs.replace(TERMS, rounds=rounds))
     assert same.swarm_id == GENESIS.swarm_id
+
+
+def test_what_is_usual_is_not_encoded_whatever_made_it() -> None:
+    """Or a number read from a file made another swarm than the same one left out."""
+    rounds = msgspec.structs.replace(ROUNDS, fill="".join(["la", "st"]), fill_decay=float("1"))
+    aggregation = AggregationTerms(trim_share=float("0.2"))
+    read = msgspec.structs.replace(
+        TERMS, rounds=rounds, aggregation=aggregation, fragment_share=float("1")
+    )
+    assert encode_terms(read) == encode_terms(TERMS)
 
 
 def test_the_order_of_keys_and_spaces_make_no_other_swarm() -> None:

@@ -22,7 +22,7 @@ from p2pfl_torrent.core.aggregators import (
 from p2pfl_torrent.core.chunking import TensorSlice, encode_chunk, plan, slice_of
 from p2pfl_torrent.core.contributions import contributions, importance_factor
 from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError
-from p2pfl_torrent.core.events import CloseRound, Count
+from p2pfl_torrent.core.events import CloseRound, Count, Fill
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import squared_distance
@@ -181,12 +181,12 @@ def test_what_is_not_finite_is_refused_and_the_rest_merged(name: str, bad: float
 
 def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
     part, old = update(2, "b"), update(1, "b")
-    count = Count(part, 10.0, (0, 1), {2: old.update}, "partial")
+    count = Count(part, 10.0, (0, 1), {2: Fill(old.update, 2.5)}, "partial")
     close = CloseRound(2, "deadline", 2, (count,), (), (), 1.0, False, False)
     terms = WORLD.genesis.terms
     plain = contributions(WORLD.layout, close, terms)
     assert plain[0] == [("b", part.update, 10.0)]
-    assert plain[2] == [("b", old.update, 10.0)]
+    assert plain[2] == [("b", old.update, 2.5)]
     assert plain[3] == []
     started = replace(terms, rounds=replace(terms.rounds, fill="round_start"))
     assert contributions(WORLD.layout, close, started)[3] == [("b", None, 10.0)]
@@ -194,6 +194,9 @@ def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
     (source,) = contributions(WORLD.layout, close, weighted)[0]
     factor = importance_factor(part.entries[0].rank, len(part.entries))
     assert source == ("b", part.update, 10.0 * factor)
+    (filled,) = contributions(WORLD.layout, close, weighted)[2]
+    factor = importance_factor(part.entries[2].rank, len(part.entries))
+    assert filled == ("b", old.update, 2.5 * factor)
 
 
 def test_a_missing_chunk_may_count_as_the_rounds_start() -> None:
