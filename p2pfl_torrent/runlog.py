@@ -298,7 +298,8 @@ def exchange_line(event: PeerEvent) -> str | None:
         report = event.report
         return (
             f"finished round={report.round} by={report.closed_by} "
-            f"completeness={report.completeness:.3f} bytes={report.bytes_payload} "
+            f"completeness={report.completeness:.3f} viable={'yes' if report.viable else 'no'} "
+            f"bytes={report.bytes_payload} "
             f"duplicate={report.bytes_duplicate} uploaded={report.bytes_uploaded} "
             f"seconds={report.seconds:.3f} model={report.model_hash[:16]}"
         )

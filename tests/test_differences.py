@@ -33,6 +33,10 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
         ({"federate__client_num": 4}, "federate.client_num is 2 here and 4 there"),
         ({"federate__quorum": 1.0}, "federate.quorum is 0.5 here and 1.0 there"),
         ({"bittorrent__timeout": 4.0}, "bittorrent.timeout is 600.0 here and 4.0 there"),
+        (
+            {"bittorrent__critical_share": 1.0},
+            "bittorrent.critical_share is 0.3 here and 1.0 there",
+        ),
         ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
         ({"bittorrent__fill_decay": 0.5}, "bittorrent.fill_decay is 1.0 here and 0.5 there"),
         ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),

@@ -127,6 +127,7 @@ def _round(number: int, records: Sequence[PeerRecord]) -> dict[str, Any]:
                 "accuracy_merged": report.accuracy_after,
                 "model_hash": report.model_hash,
                 "completeness": report.completeness,
+                "viable": report.viable,
                 "closed_by": report.closed_by,
                 "late": report.late,
             }

@@ -24,6 +24,7 @@ _KEYS = {
     "rounds.total": "federate.total_round_num",
     "rounds.exchange_timeout": "bittorrent.timeout",
     "rounds.min_completion_ratio": "bittorrent.min_completion_ratio",
+    "rounds.critical_share": "bittorrent.critical_share",
     "rounds.fill_max_age": "bittorrent.fill_max_age",
     "rounds.fill": "bittorrent.fill",
     "rounds.fill_decay": "bittorrent.fill_decay",

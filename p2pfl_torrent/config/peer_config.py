@@ -248,6 +248,7 @@ class PeerConfig:
                 max_num_samples=federate.max_num_samples,
                 fill=self.bittorrent.fill,
                 fill_decay=self.bittorrent.fill_decay,
+                critical_share=self.bittorrent.critical_share,
             ),
             compression=layout.compression.name,
             fragment_share=federate.fragment_share if federate.mode == "fragment" else 1.0,

@@ -12,6 +12,7 @@ from p2pfl_torrent.core.genesis import RoundTerms
 from p2pfl_torrent.core.ledger import KnownUpdate, Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.rounds import quorum
 
 SMALLEST_FACTOR = 2.0**-40  # of a fill's weight: next to fresh values nothing, alone everything
 
@@ -38,6 +39,8 @@ class Standing:
         lacking: whether any countable update is incomplete.
         verified, announced: bytes of the countable updates of others.
         obtainable: bytes missing of those updates of which a holder has something that is missing.
+        viable: whether the critical chunks of a quorum of this round's updates are here, the own
+            one included.
     """
 
     waiting_for: tuple[PeerId, ...]
@@ -46,6 +49,7 @@ class Standing:
     verified: int
     announced: int
     obtainable: int
+    viable: bool
 
     @property
     def completeness(self) -> float:
@@ -65,7 +69,9 @@ def standing(
     """Where the round stands; ``live`` maps each member waited for to the round it is so from."""
     lacking = False
     verified = announced = obtainable = 0
+    viable = 0
     for known in ledger.countable(round, terms.max_staleness):
+        viable += known.manifest.round == round and not known.critical_lacking
         if known.manifest.owner == local:
             continue
         total = known.bytes_wanted
@@ -84,7 +90,16 @@ def standing(
         if member != local and since <= round and not _complete(ledger, member, round)
     )
     unannounced = any(ledger.update_of(member, round) is None for member in waiting_for)
-    return Standing(waiting_for, unannounced, lacking, verified, announced, obtainable)
+    expected = sum(since <= round for since in live.values())
+    return Standing(
+        waiting_for,
+        unannounced,
+        lacking,
+        verified,
+        announced,
+        obtainable,
+        viable=viable >= quorum(terms, expected),
+    )
 
 
 def _complete(ledger: Ledger, owner: PeerId, round: int) -> bool:
@@ -139,7 +154,7 @@ def verdict(
 
 def worth_extending(state: Standing, window: Window, min_completion: float) -> bool:
     """Whether an extension is expected to reach the completeness that is wanted, and is needed."""
-    if not window.extension or state.completeness >= min_completion:
+    if not window.extension or state.viable or state.completeness >= min_completion:
         return False
     more = min(state.obtainable, window.rate * window.extension)
     return state.verified + more >= min_completion * state.announced
@@ -189,6 +204,7 @@ def counts(
                 chunks=tuple(known.held),
                 fills=_fills(known, weighs, round, terms, ledger, fresh),
                 status=_status(known, staleness, known.manifest.owner in dead),
+                critical=known.critical_here,
             )
         )
     return tuple(result)

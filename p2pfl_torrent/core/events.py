@@ -229,6 +229,7 @@ class Count:
         chunks: held chunks, counted fresh.
         fills: missing chunk -> what stands in for it.
         status: as in ``reports.OwnerReport``.
+        critical: share of its critical chunks that are held, 0-1.
     """
 
     manifest: Manifest
@@ -236,6 +237,7 @@ class Count:
     chunks: tuple[int, ...]
     fills: Mapping[int, Fill]
     status: str
+    critical: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,7 @@ class CloseRound:
         members: live members at this moment.
         missing: live members that were waited for in vain.
         dropped: (owner, round) of updates too late to count.
+        viable: as in ``closing.Standing``.
     """
 
     round: int
@@ -258,6 +261,7 @@ class CloseRound:
     completeness: float
     extended: bool
     below_min_completion: bool
+    viable: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from p2pfl_torrent.core.aggregators import USUAL, AggregationTerms
 from p2pfl_torrent.core.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_GENESIS_BYTES = 32768
+CRITICAL_SHARE = 0.3  # see config.schema, which has the reason
 
 _T = TypeVar("_T")
 _S = TypeVar("_S", bound=msgspec.Struct)
@@ -63,6 +64,8 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         fill: what stands in for a missing chunk: "last", "renormalise" or "round_start"; not
             encoded where it is "last".
         fill_decay: factor on such a chunk's weight per round of its age; not encoded where 1.
+        critical_share: share of an update's chunks, those ranked highest, with which it is viable;
+            not encoded where it is ``CRITICAL_SHARE``.
     """
 
     total: Count
@@ -78,6 +81,7 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     max_num_samples: Count
     fill: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "last"
     fill_decay: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    critical_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = CRITICAL_SHARE
 
 
 class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -7,6 +7,7 @@ that round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class KnownUpdate:
         wanted: chunks of it that this peer takes, as its exchange mode has it.
         bytes_wanted: of their files.
         lacking: how many of them are not here.
+        critical: those of them that its owner ranks highest, the swarm's critical share.
+        critical_lacking: how many of these are not here.
         counted_in: the round whose aggregate it went into, here.
         came_late: it became known when its round was over here, so it was not counted in that one.
         dropped: it was reported as too late to count.
@@ -33,6 +36,8 @@ class KnownUpdate:
     wanted: Bitfield
     bytes_wanted: int
     lacking: int
+    critical: frozenset[int]
+    critical_lacking: int
     counted_in: int | None = None
     came_late: bool = False
     dropped: bool = False
@@ -41,6 +46,12 @@ class KnownUpdate:
     def is_here(self) -> bool:
         """Whether every chunk that is wanted is here."""
         return not self.lacking
+
+    @property
+    def critical_here(self) -> float:
+        """Share of its critical chunks that are here, 0-1."""
+        total = len(self.critical)
+        return (total - self.critical_lacking) / total if total else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +73,15 @@ class _Slot:
 
 
 class Ledger:
-    """The updates of a swarm as one peer knows them."""
+    """The updates of a swarm as one peer knows them.
 
-    def __init__(self, num_chunks: int) -> None:
+    Args:
+        critical_share: share of the chunks taken of an update, by their rank, that are critical.
+    """
+
+    def __init__(self, num_chunks: int, critical_share: float) -> None:
         self._num_chunks = num_chunks
+        self._critical_share = critical_share
         self._updates: dict[UpdateId, KnownUpdate] = {}
         self._slots: dict[tuple[int, PeerId], _Slot] = {}
         self._last: dict[tuple[PeerId, int], tuple[int, UpdateId]] = {}
@@ -104,17 +120,31 @@ class Ledger:
         size = manifest.header.payload_bytes
         if not wanted.complete:
             size = sum(manifest.entries[chunk].size for chunk in wanted)
-        known = KnownUpdate(manifest, Bitfield(self._num_chunks), wanted, size, wanted.count)
+        critical = self._critical(manifest, wanted)
+        known = KnownUpdate(
+            manifest,
+            Bitfield(self._num_chunks),
+            wanted,
+            size,
+            wanted.count,
+            critical,
+            len(critical),
+        )
         self._updates[manifest.update] = known
         for chunk in held or ():
             self.hold(manifest.update, chunk)
         return known
+
+    def _critical(self, manifest: Manifest, wanted: Bitfield) -> frozenset[int]:
+        ranked = sorted(wanted, key=lambda chunk: manifest.entries[chunk].rank, reverse=True)
+        return frozenset(ranked[: math.ceil(self._critical_share * len(ranked))])
 
     def hold(self, update: UpdateId, chunk: int) -> None:
         """A chunk is here, verified."""
         known = self._updates[update]
         if known.held.add(chunk):
             known.lacking -= chunk in known.wanted
+            known.critical_lacking -= chunk in known.critical
         key = (known.manifest.owner, chunk)
         if self._last.get(key, (0, update))[0] <= known.manifest.round:
             self._last[key] = (known.manifest.round, update)

@@ -26,6 +26,8 @@ class OwnerReport:
             one), "missing" (a live member's that did not come), "dead" (its owner died first),
             "dropped" (older than max_staleness), "refused" (its values could not be averaged) or
             "another base" (a change of weights that this peer does not have).
+        critical: share of its critical chunks, those its owner ranked highest, that were here at
+            the closing, 0-1; ``bittorrent.critical_share`` says how many these are.
     """
 
     owner: PeerId
@@ -36,6 +38,7 @@ class OwnerReport:
     filled: int
     total: int
     status: str
+    critical: float
 
     @property
     def completeness(self) -> float:
@@ -67,6 +70,8 @@ class RoundReport:
             weights as ours; None where there was none.
         extended: whether the window was extended to reach min_completion_ratio.
         below_min_completion: whether it was not reached all the same.
+        viable: whether the critical chunks of the updates of a quorum of members, this one
+            included, were here at the closing; such a round is not extended.
         late: this peer's own update missed the round; it goes into a later one, discounted, or is
             reported there as dropped.
         attested: after catching up, whether a quorum attested the state taken; None otherwise.
@@ -91,6 +96,7 @@ class RoundReport:
     agreement: float | None = None
     extended: bool = False
     below_min_completion: bool = False
+    viable: bool = False
     late: bool = False
     attested: bool | None = None
     loss_before: float | None = None

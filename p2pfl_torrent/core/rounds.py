@@ -26,6 +26,11 @@ class DeadlineChange:
     why: str
 
 
+def quorum(terms: RoundTerms, members: int) -> int:
+    """How many of that many members make a quorum."""
+    return max(MIN_QUORUM, math.ceil(terms.quorum * members))
+
+
 class Frontier:
     """How far the other members are, as headers say that each has signed for itself.
 
@@ -63,7 +68,7 @@ class RoundClock:
 
     def quorum(self, live: int) -> int:
         """How many of that many live members must have published to open the window."""
-        return max(MIN_QUORUM, math.ceil(self._terms.quorum * live))
+        return quorum(self._terms, live)
 
     def advance(self, live: Set[PeerId], now: float) -> DeadlineChange | None:
         """Open the window if it is time; the change, once."""

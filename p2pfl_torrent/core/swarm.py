@@ -103,7 +103,7 @@ class Swarm:
         self.layout = layout
         self.round = 0
         self.phase = "training"
-        self.ledger = Ledger(len(layout.chunks))
+        self.ledger = Ledger(len(layout.chunks), self.terms.critical_share)
         agreed = genesis.terms
         scope = ScopeTerms(
             agreed.mode, agreed.fragment_share, agreed.seed, agreed.topology, len(layout.chunks)
@@ -650,6 +650,7 @@ class Swarm:
             completeness=state.completeness,
             extended=self.clock.extended,
             below_min_completion=state.completeness < self.terms.min_completion_ratio,
+            viable=state.viable,
         )
         return [*effects, Emit(RoundClosed(self.round, closed_by, state.completeness)), close]
 

@@ -30,14 +30,17 @@ def owner_reports(
             filled=len(count.fills),
             total=total,
             status=_status(count, refused, baseless),
+            critical=count.critical,
         )
         for count in close.counts
     ]
     reports += [
-        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing") for member in close.missing
+        OwnerReport(member, close.round, 0, 0.0, 0, 0, total, "missing", 0.0)
+        for member in close.missing
     ]
     reports += [
-        OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped") for owner, round in close.dropped
+        OwnerReport(owner, round, 0, 0.0, 0, 0, total, "dropped", 0.0)
+        for owner, round in close.dropped
     ]
     return tuple(sorted(reports, key=lambda report: (report.owner, report.trained_round)))
 

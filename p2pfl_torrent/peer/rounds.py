@@ -363,6 +363,7 @@ class Rounds:
             agreement=self._agreement(),
             extended=close.extended,
             below_min_completion=close.below_min_completion,
+            viable=close.viable,
             metrics=dict(metrics),
         )
         self._note_taken()

@@ -59,10 +59,17 @@ def finished(report: RoundReport) -> str:
     parts = [f"round {report.round} finished ({report.closed_by})"]
     if report.accuracy_after is not None:
         parts.append(f"accuracy {change(report.accuracy_before, report.accuracy_after)}")
-    parts.append(f"{report.completeness:.0%} complete")
+    parts.append(f"{report.completeness:.0%} complete{_viability(report)}")
     parts.append(f"{size(report.bytes_payload)} in {report.seconds:.1f} s")
     parts.append(f"model {report.model_hash[:8]}")
     return ", ".join(parts)
+
+
+def _viability(report: RoundReport) -> str:
+    """Whether the critical chunks of a round that was cut short had come."""
+    if report.completeness == 1 or report.late:
+        return ""
+    return " and viable" if report.viable else " and not viable"
 
 
 def change(before: float | None, after: float | None) -> str:

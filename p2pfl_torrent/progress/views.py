@@ -188,11 +188,15 @@ def live(swarm: SwarmState, width: int, height: int, *, ascii_only: bool = False
 def rounds_table(rounds: Sequence[tuple[int, Sequence[RoundReport]]]) -> Table:
     """One row a round: how complete, how much, how accurate, and whether all hold one model.
 
+    Where one was cut short, a column says at how many peers each was viable.
+
     Args:
         rounds: the number of a round with its reports, one a peer.
     """
+    cut_short = any(report.completeness < 1 for _, reports in rounds for report in reports)
+    viable = ("viable",) if cut_short else ()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("round", "seconds", "complete", "received", "twice"):
+    for name in ("round", "seconds", "complete", *viable, "received", "twice"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("accuracy", no_wrap=True)
     table.add_column("model", overflow="fold")
@@ -203,6 +207,7 @@ def rounds_table(rounds: Sequence[tuple[int, Sequence[RoundReport]]]) -> Table:
             str(number_),
             f"{max((r.seconds for r in reports), default=0):.1f}",
             f"{_mean([r.completeness for r in reports]) or 0:.0%}",
+            *(f"{sum(r.viable for r in reports)}/{len(reports)}" for _ in viable),
             size(sum(r.bytes_payload for r in reports)),
             size(sum(r.bytes_duplicate for r in reports)),
             change(_mean(before), _mean(after)),

@@ -12,8 +12,9 @@ from p2pfl_torrent.core.reports import Joined, Left, RoundFinished, RoundReport
 
 REPORT = RoundReport(
     round=1, next_round=2, closed_by="complete", members=2, owners=(), completeness=1.0,
-    bytes_payload=1000, bytes_duplicate=10, bytes_uploaded=900, seconds=0.5, exchange_seconds=0.4,
-    aggregate_seconds=0.1, model_hash="ab" * 32, accuracy_before=0.5, accuracy_after=0.75,
+    viable=True, bytes_payload=1000, bytes_duplicate=10, bytes_uploaded=900, seconds=0.5,
+    exchange_seconds=0.4, aggregate_seconds=0.1, model_hash="ab" * 32,
+    accuracy_before=0.5, accuracy_after=0.75,
     metrics={"loss": 0.1, "train_seconds": 2.0},
 )  # fmt: skip
 
@@ -58,6 +59,7 @@ def test_the_json_has_the_promised_keys() -> None:
         "accuracy_merged": 0.75,
         "model_hash": "ab" * 32,
         "completeness": 1.0,
+        "viable": True,
         "closed_by": "complete",
         "late": False,
     }

@@ -22,8 +22,8 @@ def update(round: int, owner: str = "a", salt: str = "") -> Manifest:
     return WORLD.update(owner, round, salt=salt)
 
 
-def ledger(*held: tuple[Manifest, str]) -> Ledger:
-    made = Ledger(9)
+def ledger(*held: tuple[Manifest, str], critical_share: float = 0.3) -> Ledger:
+    made = Ledger(9, critical_share)
     for manifest, chunks in held:
         assert made.see(manifest.signed) is None
         made.add(manifest, bits(chunks))

@@ -21,7 +21,7 @@ class Scene:
     def __init__(self, *fetchers: str) -> None:
         self.world = World("abc")
         self.chunks = len(self.world.layout.chunks)
-        self.ledger = Ledger(self.chunks)
+        self.ledger = Ledger(self.chunks, 0.3)
         queue = UploadQueue(UploadPolicy(), random.Random(0))
         self.serving = Serving(self.ledger, queue, self.world.layout.block_size)
         for name in fetchers:

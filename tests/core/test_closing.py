@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import ceil
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ from p2pfl_torrent.core.closing import (
 )
 from p2pfl_torrent.core.events import Fill
 from p2pfl_torrent.core.ledger import Ledger
-from p2pfl_torrent.core.manifest import UpdateId
+from p2pfl_torrent.core.manifest import Manifest, UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from tests.core.small_ledgers import ledger, update
 from tests.core.swarm_world import terms
@@ -57,10 +58,58 @@ def test_a_round_stands_on_what_others_announced() -> None:
     mine, whole, part = update(2), update(2, "b"), update(2, "c")
     made = ledger((mine, "#########"), (whole, "#########"), (part, "##......."))
     state = stand(made, Verified({part.update: 700}, {part.update}), {A: 1, B: 1, C: 1})
-    assert state == Standing((C,), False, True, SIZE + 700, 2 * SIZE, SIZE - 700)
+    assert state == Standing((C,), False, True, SIZE + 700, 2 * SIZE, SIZE - 700, viable=True)
     assert state.completeness == (SIZE + 700) / (2 * SIZE)
     nobody_has_it = stand(made, Verified({part.update: 700}, set()), {A: 1, B: 1})
-    assert nobody_has_it == Standing((), False, True, SIZE + 700, 2 * SIZE, 0)
+    assert nobody_has_it == Standing((), False, True, SIZE + 700, 2 * SIZE, 0, viable=True)
+
+
+def critical(manifest: Manifest, share: float) -> list[int]:
+    """Chunks by rank, the most important first, down to the share."""
+    ranked = sorted(range(9), key=lambda chunk: -manifest.entries[chunk].rank)
+    return ranked[: ceil(share * 9)]
+
+
+def without(manifest: Manifest, *chunks: int) -> str:
+    return "".join("." if chunk in chunks else "#" for chunk in range(9))
+
+
+def test_a_round_is_viable_with_the_critical_chunks_of_a_quorum() -> None:
+    mine, b, c = update(2), update(2, "b"), update(2, "c")
+    (first, second, third), (of_c, *_) = critical(b, 0.3), critical(c, 0.3)
+
+    def viable(held_b: str, held_c: str, live: str = "abcd", round: int = 2) -> bool:
+        made = ledger((mine, "#########"), (b, held_b), (c, held_c), critical_share=0.3)
+        sources = Verified({}, set())
+        return stand(made, sources, {PeerId(name): 1 for name in live}, round).viable
+
+    others = [chunk for chunk in range(9) if chunk not in (first, second, third)]
+    assert viable(without(b, *others), ".........")  # mine and b's: two of four
+    for chunk in (first, second, third):
+        assert not viable(without(b, chunk), ".........")
+    assert not viable("#########", without(c, of_c), "abcdef")  # three of six are needed
+    assert viable("#########", without(c, *others_of(c)), "abcdef")
+    assert not viable("#########", "#########", round=3)  # of the round before
+
+
+def others_of(manifest: Manifest) -> list[int]:
+    return [chunk for chunk in range(9) if chunk not in critical(manifest, 0.3)]
+
+
+def test_a_joiner_makes_no_quorum_larger_before_its_round() -> None:
+    made = ledger((update(2), "#########"), (update(2, "b"), "#########"))
+    live = {A: 1, B: 1, C: 1, PeerId("d"): 1}
+    newcomer = PeerId("e")
+    assert stand(made, Verified({}, set()), {**live, newcomer: 3}).viable
+    assert not stand(made, Verified({}, set()), {**live, newcomer: 2}).viable
+
+
+def test_what_counts_says_how_much_of_the_critical_is_here() -> None:
+    b = update(2, "b")
+    (first, *_) = critical(b, 0.5)
+    made = ledger((b, without(b, first)), critical_share=0.5)
+    (found,) = counts(local=A, round=2, terms=TERMS, ledger=made, dead=set())
+    assert found.critical == pytest.approx(4 / 5)
 
 
 def test_nothing_announced_is_complete() -> None:
@@ -155,7 +204,7 @@ def test_too_late() -> None:
 
 def stands(**changes: object) -> Standing:
     """One update of 1,000 bytes is expected, half of it is here, and a holder has the rest."""
-    half = Standing((B,), False, True, verified=500, announced=1000, obtainable=500)
+    half = Standing((B,), False, True, verified=500, announced=1000, obtainable=500, viable=False)
     return replace(half, **changes)  # type: ignore[arg-type]
 
 
@@ -181,6 +230,9 @@ NOBODY = {"waiting_for": (), "obtainable": 0}
         ({}, {"left": 0.0}, 0.0, False, "deadline"),
         ({}, {"left": 0.0}, 0.55, False, "extend"),
         ({}, {"left": 0.0}, 0.56, False, "deadline"),
+        ({"viable": True}, {"left": 0.0}, 0.55, False, "deadline"),
+        ({"viable": True}, {}, 0.55, False, None),
+        ({"viable": True}, {}, 0.55, True, "deadline"),
         ({}, {"left": 0.0, "extension": 0.0}, 0.55, False, "deadline"),
         ({"obtainable": 10}, {"left": 0.0}, 0.55, False, "deadline"),
         ({}, {}, 0.0, True, "deadline"),

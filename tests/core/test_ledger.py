@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from p2pfl_torrent.core.ledger import Ledger
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
@@ -81,7 +87,7 @@ def test_what_left_the_store_fills_no_more() -> None:
 
 
 def test_publishers_are_known_by_their_headers() -> None:
-    made = Ledger(9)
+    made = Ledger(9, 0.3)
     made.see(update(1).signed)
     made.see(update(1, "b").signed)
     made.see(update(2, "b").signed)
@@ -96,3 +102,21 @@ def test_what_earlier_aggregates_hold() -> None:
     made.count(third.update, [], 2)
     assert made.counted_before(2) == {first.update: 1}
     assert made.counted_before(3) == {first.update: 1, third.update: 2}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
+@given(wanted=st.sets(st.integers(0, 8), min_size=1), order=st.permutations(range(9)))
+def test_critical_are_the_highest_ranks_of_what_is_taken(
+    share: float, wanted: set[int], order: list[int]
+) -> None:
+    manifest = update(1)
+    made = Ledger(9, share)
+    taken = bits("".join("#" if chunk in wanted else "." for chunk in range(9)))
+    known = made.add(manifest, wanted=taken)
+    by_rank = sorted(wanted, key=lambda chunk: manifest.entries[chunk].rank)
+    assert known.critical == set(by_rank[-ceil(share * len(wanted)) :])
+    for count, chunk in enumerate(order):
+        made.hold(manifest.update, chunk)
+        made.hold(manifest.update, chunk)  # again: nothing changes
+        here = known.critical.intersection(order[: count + 1])
+        assert known.critical_here == len(here) / len(known.critical)

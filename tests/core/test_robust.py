@@ -181,8 +181,8 @@ def test_what_is_not_finite_is_refused_and_the_rest_merged(name: str, bad: float
 
 def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
     part, old = update(2, "b"), update(1, "b")
-    count = Count(part, 10.0, (0, 1), {2: Fill(old.update, 2.5)}, "partial")
-    close = CloseRound(2, "deadline", 2, (count,), (), (), 1.0, False, False)
+    count = Count(part, 10.0, (0, 1), {2: Fill(old.update, 2.5)}, "partial", 1.0)
+    close = CloseRound(2, "deadline", 2, (count,), (), (), 1.0, False, False, True)
     terms = WORLD.genesis.terms
     plain = contributions(WORLD.layout, close, terms)
     assert plain[0] == [("b", part.update, 10.0)]

@@ -10,7 +10,9 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import discount
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.pipeline import PickerPolicy
 from p2pfl_torrent.core.reports import BlockRefused, DeadlineSet, PeerDropped
+from p2pfl_torrent.core.swarm import SwarmPolicy
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
 from p2pfl_torrent.simulation import EqualLinks
 from tests.core.swarm_world import World, terms
@@ -326,9 +328,11 @@ def test_the_train_deadline_starts_the_clock_without_a_quorum() -> None:
     assert 130.0 <= world.now < 131.0
 
 
-def slow_world(rate: float) -> World:
+def slow_world(rate: float, critical_share: float = 1.0, selection: str = "rarest_first") -> World:
     """Two peers whose link needs ``2768 / rate`` seconds for an update, with 10 s of window."""
-    return World("ab", rate=rate, terms=terms(exchange_timeout=10.0, min_completion_ratio=0.9))
+    setup = terms(exchange_timeout=10.0, min_completion_ratio=0.9, critical_share=critical_share)
+    policy = SwarmPolicy(picker=PickerPolicy(selection=selection))
+    return World("ab", rate=rate, terms=setup, policy=policy)
 
 
 def test_below_min_completion_the_window_is_extended_once_if_that_helps() -> None:
@@ -339,6 +343,29 @@ def test_below_min_completion_the_window_is_extended_once_if_that_helps() -> Non
     assert close.extended
     assert not close.below_min_completion
     assert close.completeness >= 0.9
+
+
+def test_a_viable_round_is_not_extended() -> None:
+    """The same link as above, where an extension would reach what is wanted."""
+    world = slow_world(200.0, critical_share=0.3, selection="importance")
+    world.play()
+    for node in world.peers:
+        assert [event.why for event in node.told(DeadlineSet)] == ["quorum"]
+        close = node.closed[1]
+        assert close.viable
+        assert close.below_min_completion
+        assert 10.0 <= node.closed_at[1] < 10.5
+        for count in close.counts:
+            assert count.critical == 1.0
+
+
+def test_a_round_without_its_critical_chunks_is_not_viable() -> None:
+    world = slow_world(100.0)
+    world.play()
+    for node in world.peers:
+        assert not node.closed[1].viable
+        (other,) = [c for c in node.closed[1].counts if c.manifest.owner != node.name]
+        assert other.critical == len(other.chunks) / len(world.layout.chunks)
 
 
 def test_the_window_is_not_extended_where_that_cannot_help() -> None:

@@ -229,3 +229,12 @@ def test_terms_and_genesis_are_these_bytes() -> None:
     genesis = decode_genesis(GENESIS["genesis"].encode())
     assert genesis.encode().decode() == GENESIS["genesis"]
     assert genesis.swarm_id.hex() == GENESIS["swarm"]
+
+
+def test_a_later_key_is_encoded_where_it_is_unusual_alone() -> None:
+    usual = decode_terms(GENESIS["terms"].encode())
+    assert usual.rounds.critical_share == 0.3
+    unusual = decode_terms(GENESIS["unusual_terms"].encode())
+    changed = msgspec.structs.replace(usual.rounds, critical_share=0.5)
+    assert unusual == msgspec.structs.replace(usual, rounds=changed)
+    assert encode_terms(unusual).decode() == GENESIS["unusual_terms"]

@@ -102,6 +102,7 @@ async def test_a_late_update_goes_into_the_next_round_discounted(late: dict[int,
                 filled=0,
                 total=NUM_CHUNKS,
                 status="late",
+                critical=1.0,
             )
             assert set(counted[1:]) <= {None}  # once
 

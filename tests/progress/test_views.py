@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
@@ -21,7 +22,7 @@ from p2pfl_torrent.core.reports import (
 )
 from p2pfl_torrent.progress import views
 from p2pfl_torrent.progress.display import Display
-from p2pfl_torrent.progress.sentences import rate, size
+from p2pfl_torrent.progress.sentences import finished, rate, size
 from p2pfl_torrent.progress.state import SwarmState
 
 IDS = [PeerId(f"12D3KooW{letter * 44}") for letter in "ABCDEF"]
@@ -150,6 +151,28 @@ def test_the_rounds_table_shows_whether_all_hold_one_model() -> None:
     assert "abababab equal on 2" in lines[1]
     assert "abababab x2, cdcdcdcd x1" in lines[2]
     assert "equal" not in lines[2]
+
+
+def test_the_rounds_table_counts_the_peers_whose_round_was_viable() -> None:
+    short = report(1, completeness=0.5)
+    rows = [(1, [report(1, viable=True), short, replace(short, viable=True)])]
+    header, line = (text.split() for text in drawn(views.rounds_table(rows), 100)[:2])
+    assert line[header.index("viable")] == "2/3"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"completeness": 0.5, "viable": True}, "50% complete and viable, "),
+        ({"completeness": 0.5}, "50% complete and not viable, "),
+        ({"completeness": 1.0, "viable": True}, "100% complete, "),
+        ({"completeness": 0.0, "late": True}, "0% complete, "),
+    ],
+)
+def test_a_round_that_was_cut_short_is_told_viable_or_not(
+    values: dict[str, Any], told: str
+) -> None:
+    assert told in finished(report(1, **values))
 
 
 def test_the_comparison_has_means_and_the_central_training() -> None:
