@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from benchmarks.learning.learner import ROTATIONS, SAMPLED
 from benchmarks.learning.run import Condition
 
-FRACTIONS = (0.1, 0.2, 0.4, 0.7)
-ORDERS = ("change", "l2_norm")
+METHODS = (  # the first two are looked at most closely
+    "change",
+    "fisher",
+    SAMPLED,
+    "snip",
+    "magnitude",
+    "delta",
+    "l2_norm",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,40 +36,129 @@ class Experiment:
     within: Sequence[str] = ()
 
 
-def importance() -> Experiment:
+def importance(task: str = "mnist") -> Experiment:
     """(a) Which chunks first, where the deadline cuts rounds short."""
-    random = Condition(order="random", selection="random", fill_max_age=0)
-    policies = [
-        random,
-        replace(random, fill_max_age=5),
-        Condition(order="rotation"),
-        Condition(order="rotation in step"),
+    first = Condition(task=task, selection="importance")
+    random = replace(first, order="random", selection="random", fill="renormalise")
+    best = [replace(first, order=order) for order in ("change", "fisher")]
+    brief = [random, replace(random, fill="last"), *best]
+    usual = [*brief, replace(best[1], fill="renormalise")]
+    usual += [replace(first, order=order) for order in (*ROTATIONS, *METHODS[2:])]
+    alone = [
+        replace(first, order=order, ages=False, fill="renormalise")
+        for order in ("change", "fisher", "snip", "l2_norm")
     ]
-    for order in ORDERS:
-        policies += [
-            Condition(order=order),
-            Condition(order=order, fill_max_age=0),
-            Condition(order=order, ages=False),
-            Condition(order=order, ages=False, fill_max_age=0),
-        ]
+    by_fraction = {0.1: [*usual, *alone], 0.2: [*usual, *alone], 0.4: usual, 0.7: brief}
     return Experiment(
         what="which chunks first, by the share of the bytes that the deadline lets through",
-        conditions=[replace(p, fraction=f) for f in FRACTIONS for p in policies],
-        varied=("fraction", "order", "ages", "fill_max_age"),
+        conditions=[replace(p, fraction=f) for f, chosen in by_fraction.items() for p in chosen],
+        varied=("fraction", "order", "ages", "fill"),
         baseline=random,
         within=("fraction",),
     )
 
 
+def fills() -> Experiment:
+    """(b) What stands in for a chunk that did not come."""
+    whole = Condition(rounds=15)
+    rules = ("last", "renormalise", "round_start")
+    cut = [replace(whole, fraction=f, fill=fill) for f in (0.7, 0.4, 0.2) for fill in rules]
+    return Experiment(
+        what="what stands in for a chunk that did not come",
+        conditions=[whole, *cut],
+        varied=("fraction", "fill"),
+        baseline=whole,
+    )
+
+
 def churn() -> Experiment:
     """(c) Peers killed at random in each round and started again."""
-    calm = Condition(selection="rarest_first")
+    calm = Condition(rounds=15)
     return Experiment(
-        what="30% of the peers killed at random in each round, and back in the next",
+        what="30% of the peers killed at random in each round, and back half a minute later",
         conditions=[calm, replace(calm, killed=0.3)],
         varied=("killed",),
         baseline=calm,
     )
 
 
-EXPERIMENTS = {"importance": importance(), "churn": churn()}
+def attackers() -> Experiment:
+    """(d) Peers whose updates go backwards and five times as far."""
+    clean = Condition(rounds=15, scheme="iid")
+    rules = ("fedavg", "fedmedian", "trimmed_mean", "multi_krum")
+    return Experiment(
+        what="a fifth of the peers send updates flipped and five times as large",
+        conditions=[
+            replace(clean, scheme=scheme, aggregator=rule, attackers=share)
+            for scheme in ("iid", "dirichlet(0.3)")
+            for rule in rules
+            for share in (0.0, 0.2)
+        ],
+        varied=("scheme", "aggregator", "attackers"),
+        baseline=clean,
+        within=("scheme",),
+    )
+
+
+def compression() -> Experiment:
+    """(e) What codecs save and cost."""
+    plain = Condition(rounds=15)
+    return Experiment(
+        what="codecs of the chunks: bytes and accuracy",
+        conditions=[
+            plain,
+            replace(plain, compression="fp16"),
+            replace(plain, compression="bf16"),
+            replace(plain, compression="int8"),
+            replace(plain, compression="int8", delta=True),
+            replace(plain, compression="topk", topk_share=0.1),
+            replace(plain, compression="topk", topk_share=0.03),
+        ],
+        varied=("compression", "delta", "topk_share"),
+        baseline=plain,
+    )
+
+
+def modes() -> Experiment:
+    """(f) Who gets what, with one slow link in five."""
+    swarm = Condition(rounds=15, slow=0.2, patient=True)
+    return Experiment(
+        what="exchange modes with every fifth link ten times slower, and all waited for",
+        conditions=[
+            swarm,
+            replace(swarm, mode="neighbour", topology="mesh"),
+            replace(swarm, mode="neighbour", topology="ring"),
+            replace(swarm, mode="fragment", fragment_share=0.33),
+            replace(swarm, mode="fragment", fragment_share=0.15),
+        ],
+        varied=("mode", "topology", "fragment_share"),
+        baseline=swarm,
+    )
+
+
+def stragglers() -> Experiment:
+    """(g) A deadline against waiting for all."""
+    waiting = Condition(rounds=15, patient=True)
+    return Experiment(
+        what="a deadline beside waiting for all, with slow links or slow training",
+        conditions=[
+            replace(waiting, patient=patient, slow=slow, lagging=lagging)
+            for slow, lagging in ((0.0, 0.0), (0.2, 0.0), (0.0, 0.2))
+            for patient in (True, False)
+        ],
+        varied=("slow", "lagging", "patient"),
+        baseline=waiting,
+        within=("slow", "lagging"),
+    )
+
+
+EXPERIMENTS = {
+    "importance": importance(),
+    "importance-text": importance("text"),
+    "fills": fills(),
+    "churn": churn(),
+    "attackers": attackers(),
+    "compression": compression(),
+    "modes": modes(),
+    "stragglers": stragglers(),
+}

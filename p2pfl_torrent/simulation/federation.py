@@ -3,7 +3,7 @@
 What is real: the swarm machine with its picker, closing rule and wire forms; chunks, manifests and
 their hashes; the average. What is modelled: links, gossip, the time that training takes. Membership
 is told to everybody at once, and who missed a round takes the next one's weights from the first
-peer that has them.
+peer that has them. What an update began from can be had by everybody.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.bitfield import Bitfield
-from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, slice_of
+from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
 from p2pfl_torrent.core.contributions import contributions
+from p2pfl_torrent.core.encoding import decode_file, encode_file
 from p2pfl_torrent.core.errors import ConfigError
-from p2pfl_torrent.core.manifest import block_hashes, make_manifest
+from p2pfl_torrent.core.manifest import UpdateId, block_hashes, make_manifest
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
 from p2pfl_torrent.core.topology import neighbours, overlay_seed
@@ -109,6 +110,8 @@ class Federation:
             )
         self._terms = agreed.rounds
         self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
+        self._unsent: dict[PeerId, Arrays] = {}
+        self._starts: dict[bytes, Arrays] = {}
         self._waiting: dict[PeerId, int] = {}  # who missed a round, and waits for the next one's
         self._edges: set[frozenset[PeerId]] = set()
         self._drawn_for = 1
@@ -168,13 +171,14 @@ class Federation:
             ]
 
         ranks = learner.ranks(layout, trained, last)
-        files = [encode_chunk(layout, k, trained) for k in range(len(layout.chunks))]
+        base_hash = self._remember_start(start)
+        files = self._encoded(peer, trained, start)
         manifest = make_manifest(
             layout=layout,
             swarm=self.world.genesis.swarm_id,
             round=round,
             owner=peer,
-            base_hash=model_hash(layout.spec, start),
+            base_hash=base_hash,
             num_samples=samples,
             sizes=[len(data) for data in files],
             ranks=ranks,
@@ -183,10 +187,36 @@ class Federation:
         )
         node.keep(manifest, files)
         self._delivered[peer] = {
-            chunk: decode_chunk(layout, chunk, data) for chunk, data in enumerate(files)
+            chunk: decode_file(layout, chunk, data, start) for chunk, data in enumerate(files)
         }
         self._published(peer, round)
         self.world.feed(peer, ev.UpdateReady(manifest))
+
+    def _encoded(self, peer: PeerId, trained: Arrays, start: Arrays) -> list[bytes]:
+        """Chunk files; what a lossy codec leaves out is kept for the peer's next update."""
+        layout = self.world.layout
+        left = {name: np.zeros_like(array) for name, array in trained.items()}
+
+        def keep(part: TensorSlice, rows: Array) -> None:
+            slice_of(left[layout.spec.tensors[part.tensor].name], part)[...] = rows
+
+        unsent = self._unsent.get(peer)
+        files = [
+            b"".join(encode_file(layout, k, trained, start, unsent, keep))
+            for k in range(len(layout.chunks))
+        ]
+        self._unsent[peer] = left
+        return files
+
+    def _remember_start(self, start: Arrays) -> bytes:
+        """Keep what an update began from for as long as the update may be counted or fill."""
+        digest = model_hash(self.world.layout.spec, start)
+        self._starts.pop(digest, None)
+        self._starts[digest] = start
+        rounds = max(self._terms.fill_max_age, self._terms.max_staleness) + 2
+        while len(self._starts) > rounds * len(self.learners):
+            del self._starts[next(iter(self._starts))]
+        return digest
 
     # --- churn -------------------------------------------------------------------------------
 
@@ -244,7 +274,11 @@ class Federation:
 
         agreed = self.world.genesis.terms
         sources = contributions(layout, close, agreed)
-        aggregate(layout, sources, node.read, start, keep, aggregator=self._aggregator)
+
+        def base(update: UpdateId) -> Arrays | None:
+            return self._starts.get(node.manifests[update].header.base_hash)
+
+        aggregate(layout, sources, node.read, start, keep, base, self._aggregator)
         self._has(node, close.round, merged, close.completeness, taken_over=False)
 
     def _missed(self, node: Node, round: int) -> None:

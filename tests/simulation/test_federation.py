@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.chunking import Layout, plan
+from p2pfl_torrent.core.compression import PLAIN, Compression
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.scope import Scope
@@ -62,9 +64,10 @@ def federation(
     mode: str = "swarm",
     topology: str = "full",
     share: float = 1.0,
+    compression: Compression = PLAIN,
     told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
 ) -> Federation:
-    layout = plan(MODEL, num_chunks=6, block_size=1024)
+    layout = replace(plan(MODEL, num_chunks=6, block_size=1024), compression=compression)
     terms = RoundTerms(
         total=rounds,
         client_num=len(names),
@@ -88,6 +91,7 @@ def federation(
         topology=TopologyTerms(topology, 3, 2, (), ()),
         rounds=terms,
         fragment_share=share,
+        compression=compression.name,
     )
     start: Arrays = {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}
     initial = model_hash(MODEL, start).hex()
@@ -255,3 +259,30 @@ def test_a_dead_neighbour_is_not_waited_for_in_any_mode(mode: str) -> None:
     run.run()
     assert {run.rounds[PeerId(name)] for name in "abdef"} == {4}
     assert max(outcome.at for outcome in run.outcomes) < 3 * 20.0 + 30.0
+
+
+@pytest.mark.parametrize(
+    ("compression", "tolerance"),
+    [
+        (Compression("bf16"), 0.05),
+        (Compression("int8"), 0.05),
+        (Compression("int8", delta=True), 0.01),
+        (Compression("topk", topk_share=0.5), 2.0),
+    ],
+)
+def test_compressed_updates_average_to_the_same_at_all(
+    compression: Compression, tolerance: float
+) -> None:
+    run = federation("abcd", rounds=3, compression=compression)
+    run.run()
+    assert {len(found) for found in hashes(run).values()} == {1}
+    for array in run.models[PeerId("a")].values():
+        assert np.abs(np.subtract(array, 4.5)).max() < tolerance
+
+
+def test_what_topk_left_out_is_sent_later() -> None:
+    run = federation("ab", rounds=8, compression=Compression("topk", topk_share=0.25))
+    run.run()
+    added = 8 * 0.5  # a adds nothing, b adds one a round
+    for array in run.models[PeerId("a")].values():
+        assert added - 2.5 < array.mean() < added
