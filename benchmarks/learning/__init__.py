@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         )
         if results is not None:
             with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row.as_json()) + "\n")
+                file.write(json.dumps(values) + "\n")
     lines = summary(rows, experiment)
     command = f"python -m benchmarks learning {args.experiment} --seeds {args.seeds}"
     write(args.json, {"command": command, "rows": lines}, table(lines, experiment))

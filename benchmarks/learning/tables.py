@@ -63,15 +63,20 @@ def summary(rows: Sequence[Row], experiment: Experiment) -> list[dict[str, Any]]
         }
         if base:
             others = fmean(rounds_to(row.accuracy, target) for row in base)
-            line["speed_up"] = others / reached if math.isfinite(reached) else math.nan
+            line["speed_up"] = others / reached
             line["early_points"] = 100 * (
                 line["accuracy_early"] - fmean(row.accuracy[early] for row in base)
             )
             line["final_points"] = 100 * (
                 line["accuracy_final"] - fmean(row.accuracy[-1] for row in base)
             )
-        lines.append(line)
+        lines.append({name: _finite(value) for name, value in line.items()})
     return lines
+
+
+def _finite(value: object) -> object:
+    """None, which JSON knows, for what was not reached."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(lines: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
@@ -93,8 +98,8 @@ def _baseline(experiment: Experiment, condition: Condition) -> Condition:
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return "-"
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3f}".rstrip("0").rstrip(".")
     return str(value)
