@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
     jobs = [job for job in _jobs(experiment, args.seeds) if job not in done]
     for row in _run_all(jobs, args.processes):
         rows.append(row)
-        print(
-            f"{len(rows)} of {len(done) + len(jobs)}: {row.condition} {row.seed}", file=sys.stderr
-        )
+        values = row.as_json()
+        told = " ".join(f"{name}={value}" for name, value in values["condition"].items())
+        print(f"{len(rows)} of {len(done) + len(jobs)}: seed {row.seed} {told}", file=sys.stderr)
         if results is not None:
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")

@@ -42,17 +42,15 @@ def importance(task: str = "mnist") -> Experiment:
     random = replace(first, order="random", selection="random", fill="renormalise")
     best = [replace(first, order=order) for order in ("change", "fisher")]
     brief = [random, replace(random, fill="last"), *best]
+    brief += [replace(policy, fill_decay=0.5) for policy in best]
     usual = [*brief, replace(best[1], fill="renormalise")]
-    usual += [replace(first, order=order) for order in (*ROTATIONS, *METHODS[2:])]
-    alone = [
-        replace(first, order=order, ages=False, fill="renormalise")
-        for order in ("change", "fisher", "snip", "l2_norm")
-    ]
-    by_fraction = {0.1: [*usual, *alone], 0.2: [*usual, *alone], 0.4: usual, 0.7: brief}
+    wide = [replace(first, order=order) for order in (*ROTATIONS, *METHODS[2:])]
+    wide += [replace(policy, ages=False, fill="renormalise") for policy in best]
+    by_fraction = {0.1: [*usual, *wide], 0.2: [*usual, *wide], 0.4: usual, 0.7: brief}
     return Experiment(
         what="which chunks first, by the share of the bytes that the deadline lets through",
         conditions=[replace(p, fraction=f) for f, chosen in by_fraction.items() for p in chosen],
-        varied=("fraction", "order", "ages", "fill"),
+        varied=("fraction", "order", "ages", "fill", "fill_decay"),
         baseline=random,
         within=("fraction",),
     )
@@ -61,12 +59,13 @@ def importance(task: str = "mnist") -> Experiment:
 def fills() -> Experiment:
     """(b) What stands in for a chunk that did not come."""
     whole = Condition(rounds=15)
-    rules = ("last", "renormalise", "round_start")
-    cut = [replace(whole, fraction=f, fill=fill) for f in (0.7, 0.4, 0.2) for fill in rules]
+    rules = [replace(whole, fill=fill) for fill in ("last", "renormalise", "round_start")]
+    rules += [replace(whole, fill_decay=decay) for decay in (0.7, 0.5, 0.25)]
+    cut = [replace(rule, fraction=f) for f in (0.7, 0.4, 0.2) for rule in rules]
     return Experiment(
         what="what stands in for a chunk that did not come",
         conditions=[whole, *cut],
-        varied=("fraction", "fill"),
+        varied=("fraction", "fill", "fill_decay"),
         baseline=whole,
     )
 
@@ -84,7 +83,7 @@ def churn() -> Experiment:
 
 def attackers() -> Experiment:
     """(d) Peers whose updates go backwards and five times as far."""
-    clean = Condition(rounds=15, scheme="iid")
+    clean = Condition(rounds=10, scheme="iid")
     rules = ("fedavg", "fedmedian", "trimmed_mean", "multi_krum")
     return Experiment(
         what="a fifth of the peers send updates flipped and five times as large",

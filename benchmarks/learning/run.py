@@ -44,7 +44,7 @@ class Condition:
         ages: whether ranks are multiplied by the rounds since a chunk was last merged.
         selection: of the picker, as in the configuration.
         fraction: of the bytes of the others' updates that the deadline lets through; 1 for all.
-        fill, fill_max_age: what stands in for a chunk that did not come.
+        fill, fill_decay, fill_max_age: what stands in for a chunk that did not come.
         aggregator: by its name in the configuration.
         killed: share of the peers killed at random in each round's exchange, and started again.
         attackers: share of the peers whose updates go backwards and five times as far.
@@ -64,6 +64,7 @@ class Condition:
     selection: str = "rarest_first"
     fraction: float = 1.0
     fill: str = "last"
+    fill_decay: float = 1.0
     fill_max_age: int = 5
     aggregator: str = "fedavg"
     killed: float = 0.0
@@ -275,6 +276,7 @@ def _genesis(condition: Condition, layout: Layout, start: Arrays) -> Genesis:
         fill_max_age=condition.fill_max_age,
         max_num_samples=1 << 20,
         fill=condition.fill,
+        fill_decay=condition.fill_decay,
     )
     byzantine = max(1, round(condition.attackers * condition.peers))
     agreed = Terms(

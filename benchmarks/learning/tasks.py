@@ -87,7 +87,7 @@ class Task:
         return float(right.mean())
 
 
-def mnist(peers: int, seed: int, scheme: str, samples: int = 6000, tested: int = 2000) -> Task:
+def mnist(peers: int, seed: int, scheme: str, samples: int = 6000, tested: int = 1000) -> Task:
     """Digits by a CNN of 19,258 weights.
 
     Args:
