@@ -60,7 +60,7 @@ def fills() -> Experiment:
     """(b) What stands in for a chunk that did not come."""
     whole = Condition(rounds=15)
     rules = [replace(whole, fill=fill) for fill in ("last", "renormalise", "round_start")]
-    rules += [replace(whole, fill_decay=decay) for decay in (0.7, 0.5, 0.25)]
+    rules.append(replace(whole, fill_decay=0.5))
     cut = [replace(rule, fraction=f) for f in (0.7, 0.4, 0.2) for rule in rules]
     return Experiment(
         what="what stands in for a chunk that did not come",
