@@ -80,7 +80,7 @@ def standing(
             verified += total
             continue
         lacking = True
-        here = sources.bytes_verified(known.manifest.update)
+        here = min(total, sources.bytes_verified(known.manifest.update))
         verified += here
         if sources.missing_available(known.manifest.update):
             obtainable += total - here
@@ -205,6 +205,7 @@ def counts(
                 fills=_fills(known, weighs, round, terms, ledger, fresh),
                 status=_status(known, staleness, known.manifest.owner in dead),
                 critical=known.critical_here,
+                wanted=tuple(known.wanted),
             )
         )
     return tuple(result)
@@ -225,11 +226,14 @@ def _fills(
     ledger: Ledger,
     fresh: Set[UpdateId],
 ) -> dict[int, Fill]:
-    """Chunk -> older update to take it from, but for ``fresh`` ones: those count by themselves."""
-    if known.held.complete or terms.fill != "last":
+    """Chunk -> older update to take it from, but for ``fresh`` ones: those count by themselves.
+
+    What was not wanted of this update is not missing.
+    """
+    if known.is_here or terms.fill != "last":
         return {}
     fills = {}
-    for chunk in range(len(known.held)):
+    for chunk in known.wanted:
         if chunk in known.held:
             continue
         update = ledger.fill(known.manifest.owner, chunk, round, terms.fill_max_age)

@@ -20,7 +20,7 @@ def contributions(layout: Layout, close: ev.CloseRound, terms: Terms) -> dict[in
         owner, weight = count.manifest.owner, count.weight
         found: dict[int, Source] = {}
         if terms.rounds.fill == "round_start":
-            found = dict.fromkeys(chunks, (owner, None, weight))
+            found = dict.fromkeys(count.wanted, (owner, None, weight))
         found.update(dict.fromkeys(count.chunks, (owner, count.manifest.update, weight)))
         found.update({chunk: (owner, *fill) for chunk, fill in count.fills.items()})
         for chunk, (_, update, weight) in found.items():

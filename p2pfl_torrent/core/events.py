@@ -230,6 +230,7 @@ class Count:
         fills: missing chunk -> what stands in for it.
         status: as in ``reports.OwnerReport``.
         critical: share of its critical chunks that are held, 0-1.
+        wanted: chunks that this peer takes of it, all but in some modes.
     """
 
     manifest: Manifest
@@ -238,6 +239,7 @@ class Count:
     fills: Mapping[int, Fill]
     status: str
     critical: float
+    wanted: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from p2pfl_torrent.core.bitfield import Bitfield
@@ -136,6 +136,19 @@ class Fetching:
             self._picker.add_update(manifest, ages=ages, wanted=known.wanted)
         for peer, offer in self._wanted.found(manifest.update).items():
             self._offer(peer, manifest.update, None, offer.chunks, offer.counted_in)
+
+    def wanted_after_all(
+        self, known: KnownUpdate, ages: list[int], verified: Mapping[int, Bitfield]
+    ) -> None:
+        """Chunks of an update that was known before are wanted now: fetch what is not here."""
+        update = known.manifest.update
+        here = Bitfield.of(self._num_chunks, known.held)
+        self._picker.add_update(
+            known.manifest, verified=verified, complete=here, wanted=known.wanted, ages=ages
+        )
+        for peer, remote in self._remote.items():
+            if update in remote.held:
+                self._picker.holder_has(peer, update, remote.held[update])
 
     def unwanted(self, update: UpdateId) -> None:
         """A manifest is of no use: it is not asked for any more."""

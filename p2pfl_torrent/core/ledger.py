@@ -34,10 +34,10 @@ class KnownUpdate:
     manifest: Manifest
     held: Bitfield
     wanted: Bitfield
-    bytes_wanted: int
-    lacking: int
-    critical: frozenset[int]
-    critical_lacking: int
+    bytes_wanted: int = 0
+    lacking: int = 0
+    critical: frozenset[int] = frozenset()
+    critical_lacking: int = 0
     counted_in: int | None = None
     came_late: bool = False
     dropped: bool = False
@@ -115,25 +115,22 @@ class Ledger:
         self, manifest: Manifest, held: Bitfield | None = None, wanted: Bitfield | None = None
     ) -> KnownUpdate:
         """Know an update whose header ``see`` accepted; all of it is wanted if nothing is said."""
-        if wanted is None:
-            wanted = Bitfield.full(self._num_chunks)
-        size = manifest.header.payload_bytes
-        if not wanted.complete:
-            size = sum(manifest.entries[chunk].size for chunk in wanted)
-        critical = self._critical(manifest, wanted)
-        known = KnownUpdate(
-            manifest,
-            Bitfield(self._num_chunks),
-            wanted,
-            size,
-            wanted.count,
-            critical,
-            len(critical),
-        )
+        known = KnownUpdate(manifest, Bitfield(self._num_chunks), Bitfield(self._num_chunks))
         self._updates[manifest.update] = known
         for chunk in held or ():
             self.hold(manifest.update, chunk)
+        self.want(known, wanted if wanted is not None else Bitfield.full(self._num_chunks))
         return known
+
+    def want(self, known: KnownUpdate, wanted: Bitfield) -> None:
+        """These chunks of an update are wanted, whatever was before."""
+        entries, size = known.manifest.entries, known.manifest.header.payload_bytes
+        if not wanted.complete:
+            size = sum(entries[chunk].size for chunk in wanted)
+        known.wanted, known.bytes_wanted = wanted, size
+        known.critical = self._critical(known.manifest, wanted)
+        known.lacking = sum(chunk not in known.held for chunk in wanted)
+        known.critical_lacking = sum(chunk not in known.held for chunk in known.critical)
 
     def _critical(self, manifest: Manifest, wanted: Bitfield) -> frozenset[int]:
         ranked = sorted(wanted, key=lambda chunk: manifest.entries[chunk].rank, reverse=True)

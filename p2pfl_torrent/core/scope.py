@@ -4,7 +4,8 @@
   num_samples.
 - ``neighbour``: a peer takes its overlay neighbours' updates whole: decentralised SGD (Lian et al.,
   NeurIPS 2017) with Metropolis weights, 1 / (1 + the larger degree) for a neighbour and the rest
-  for itself (Xiao, Boyd, Kim 2007): doubly stochastic, so the mean over all peers is kept.
+  for itself (Xiao, Boyd, Kim 2007): doubly stochastic, so a round in which all comes keeps the mean
+  over all peers. The weights of what did not come go to the others in proportion.
 - ``fragment``: a peer takes a random share of the chunks of each neighbour's update, drawn anew
   for each (round, owner, chunk, receiver), so that a chunk reaches few and each peer another mix;
   per chunk the mean over those that came, weights num_samples. On a full overlay that is DivShare
@@ -28,6 +29,7 @@ from p2pfl_torrent.core.topology import Neighbours, neighbours, overlay_seed
 
 MODES = ("swarm", "neighbour", "fragment")
 DRAWS = 1 << 64  # values that eight bytes of a hash may have
+MAX_DRAWS = 1024  # kept: asked for again and again while a round lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,9 @@ class Scope:
         self.local = local
         self._members = tuple(members)
         self._overlays: dict[int, Neighbours] = {}
+        self._all = Bitfield.full(terms.num_chunks)  # handed out, never changed
+        self._none = Bitfield(terms.num_chunks)
+        self._draws: dict[tuple[PeerId, PeerId, int], Bitfield] = {}
 
     def with_members(self, members: Iterable[PeerId]) -> Scope:
         """The same peer's among other members."""
@@ -75,15 +80,19 @@ class Scope:
         return self.wanted_by(self.local, owner, round)
 
     def wanted_by(self, peer: PeerId, owner: PeerId, round: int) -> Bitfield:
-        """Chunks that a peer takes of an owner's update."""
-        chunks = self.terms.num_chunks
+        """Chunks that a peer takes of an owner's update; not to be changed."""
         if self.terms.mode == "swarm" or peer == owner:
-            return Bitfield.full(chunks)
+            return self._all
         if owner not in self._neighbours_of(peer, round):
-            return Bitfield(chunks)
+            return self._none
         if self.terms.mode == "neighbour":
-            return Bitfield.full(chunks)
-        return self._drawn(peer, owner, round)
+            return self._all
+        key = peer, owner, round
+        if key not in self._draws:
+            if len(self._draws) >= MAX_DRAWS:
+                del self._draws[next(iter(self._draws))]
+            self._draws[key] = self._drawn(peer, owner, round)
+        return self._draws[key]
 
     def _drawn(self, peer: PeerId, owner: PeerId, round: int) -> Bitfield:
         chunks = self.terms.num_chunks

@@ -121,6 +121,7 @@ class Swarm:
         self._policy = policy
         self._verify = verify
         self._parked: dict[bytes, PeerId] = {}
+        self._restored_blocks: dict[UpdateId, Mapping[int, Bitfield]] = {}
         self._absences = Absences()
         self._frontier = Frontier()
         self._gossiping = Gossiping(policy.gossip_interval)
@@ -391,12 +392,11 @@ class Swarm:
     def _members_now(self, stimulus: ev.MembersNow, now: float) -> list[Effect]:
         self.live = MappingProxyType(dict(stimulus.live))
         self.dead = stimulus.dead
-        self.scope = self.scope.with_members(stimulus.live)
+        effects = self._decide_wanted()
         self._members.update(stimulus.live)
         self._moved = True
         self._settling_since = now
         parked, self._parked = self._parked, {}
-        effects: list[Effect] = []
         for data, via in parked.items():
             effects.extend(self._manifest(data, via, now))
         return effects
@@ -416,12 +416,14 @@ class Swarm:
                 self._absences.forgotten(known)
             effects.extend(self.fetching.forget(update))
             self.ledger.forget(update)
+            self._restored_blocks.pop(update, None)
         for known in list(self.ledger):
             effects.extend(self._contained(known.manifest.update))
             if stimulus.caught_up:
                 effects.extend(self._contained_by_time(known, left))
             if known.counted_in is not None:
                 effects.extend(self.fetching.stop(known.manifest.update))
+        effects.extend(self._decide_wanted())
         self.ledger.forget_rounds_before(self._oldest_round())
         self.fetching.look_ahead(False)
         self.fetching.forget_wanted_before(self._oldest_round())
@@ -437,15 +439,39 @@ class Swarm:
         known = self.ledger.add(manifest, stimulus.held, wanted)
         if stimulus.counted_in is not None:
             self.ledger.restore_counted({manifest.update: stimulus.counted_in})
+        elif not wanted.count:  # who the members are is not known yet
+            self._restored_blocks[manifest.update] = stimulus.blocks
         elif not known.is_here:
-            self.picker.add_update(
-                manifest,
-                verified=stimulus.blocks,
-                complete=stimulus.held,
-                wanted=wanted,
-                ages=self.ledger.ages(manifest.owner, manifest.round),
-            )
+            ages = self.ledger.ages(manifest.owner, manifest.round)
+            self.fetching.wanted_after_all(known, ages, stimulus.blocks)
         return []
+
+    def _decide_wanted(self) -> list[Effect]:
+        """What is wanted of the updates of this round, and of those restored, by who is here now.
+
+        While training alone: from its own update on, whoever comes or goes changes nothing of what
+        a peer takes in the round. Nor after the last round, when all go one by one.
+        """
+        is_over = self.round > self.terms.total
+        if self.scope.terms.mode == "swarm" or self.phase != "training" or is_over:
+            return []
+        self.scope = self.scope.with_members(self.live)
+        effects: list[Effect] = []
+        for known in self.ledger:
+            update, owner, round = known.manifest.update, known.manifest.owner, known.manifest.round
+            is_open = round >= self.round or update in self._restored_blocks
+            if known.counted_in is not None or owner == self.local or not is_open:
+                continue
+            wanted = self.scope.wanted(owner, round)
+            if wanted == known.wanted:
+                continue
+            self.ledger.want(known, wanted)
+            effects.extend(self.fetching.stop(update))
+            if not known.is_here:
+                blocks = self._restored_blocks.get(update, {})
+                ages = self.ledger.ages(owner, round)
+                self.fetching.wanted_after_all(known, ages, blocks)
+        return effects
 
     @property
     def solo(self) -> bool:
@@ -509,7 +535,7 @@ class Swarm:
     def _all_have_all(self, known: KnownUpdate) -> bool:
         """Whether all who fetch here have shown that they have all of it."""
         return all(
-            chunks is not None and all(chunk in chunks for chunk in wanted)
+            chunks is not None and (chunks.complete or all(chunk in chunks for chunk in wanted))
             for chunks, wanted in self._shown(known)
         )
 

@@ -10,7 +10,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -94,7 +94,7 @@ class CatchUp:
             while trio.current_time() < deadline:
                 asked = members()
                 claims = await self.claims(asked)
-                for round, base_hash, attested in self._ranked(claims, at_least, len(asked)):
+                for round, base_hash, attested in self._ranked(claims, at_least, asked):
                     for peer, claim in claims.items():
                         if (claim.round, claim.base_hash) == (round, base_hash):
                             arrays = await self.fetch(peer, base_hash)
@@ -104,20 +104,38 @@ class CatchUp:
                 pause = min(MAX_PAUSE, 2 * pause)
         return None
 
+    def reached(self, claims: Mapping[PeerId, State]) -> int:
+        """The round that a quorum of those who answered say they have reached; 0 if nobody did.
+
+        One member's word moves nothing, however far it claims to be.
+        """
+        rounds = sorted((claim.round for claim in claims.values() if claim.round), reverse=True)
+        return rounds[max(0, math.ceil(self._quorum * len(rounds)) - 1)] if rounds else 0
+
     def _ranked(
-        self, claims: dict[PeerId, State], at_least: int, asked: int
+        self, claims: Mapping[PeerId, State], at_least: int, asked: Sequence[PeerId]
     ) -> list[tuple[int, bytes, bool]]:
-        """Claimed states, the attested and latest first."""
+        """Claimed states to take: attested ones, then, of rounds that a quorum has reached, others.
+
+        The latest first; among equals what more claim, then whom ``asked`` names first. Where
+        every peer has a model of its own nothing is ever attested.
+        """
         votes = Counter((claim.round, claim.base_hash) for claim in claims.values())
-        need = max(1, math.ceil(self._quorum * min(asked, MAX_ASKED)))
+        need = max(1, math.ceil(self._quorum * min(len(asked), MAX_ASKED)))
+        first: dict[tuple[int, bytes], int] = {}
+        for place, peer in enumerate(asked):
+            if peer in claims:
+                first.setdefault((claims[peer].round, claims[peer].base_hash), -place)
+        furthest = self.reached(claims)
         ranked = sorted(
             (
-                (count >= need, round, count, base_hash)
-                for (round, base_hash), count in votes.items()
+                (count >= need, state[0], count, first.get(state, -len(asked)), state[1])
+                for state, count in votes.items()
+                if state[0] >= at_least and (count >= need or state[0] <= furthest)
             ),
             reverse=True,
         )
-        return [(round, h, attested) for attested, round, _, h in ranked if round >= at_least]
+        return [(round, h, attested) for attested, round, _, _, h in ranked]
 
     async def fetch(self, peer: PeerId, base_hash: bytes) -> dict[str, Array] | None:
         """The weights with that hash from a member, None if it has no such thing."""

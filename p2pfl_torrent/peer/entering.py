@@ -70,7 +70,7 @@ class Entering:
             StoreError: our own is damaged, and there is nobody else.
         """
         claims = await self._catch_up.claims(self._others())
-        furthest = max((claim.round for claim in claims.values()), default=0)
+        furthest = self._catch_up.reached(claims)
         last = self._store.last_round()
         if last is not None and last[0] + 1 >= furthest and await self._is_sound(last, furthest):
             self._driver.set_ready(last[0] + 1)

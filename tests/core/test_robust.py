@@ -181,7 +181,7 @@ def test_what_is_not_finite_is_refused_and_the_rest_merged(name: str, bad: float
 
 def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
     part, old = update(2, "b"), update(1, "b")
-    count = Count(part, 10.0, (0, 1), {2: Fill(old.update, 2.5)}, "partial", 1.0)
+    count = Count(part, 10.0, (0, 1), {2: Fill(old.update, 2.5)}, "partial", 1.0, (0, 1, 2, 3))
     close = CloseRound(2, "deadline", 2, (count,), (), (), 1.0, False, False, True)
     terms = WORLD.genesis.terms
     plain = contributions(WORLD.layout, close, terms)
@@ -190,6 +190,7 @@ def test_fills_and_weights_are_what_the_swarm_agreed_on() -> None:
     assert plain[3] == []
     started = replace(terms, rounds=replace(terms.rounds, fill="round_start"))
     assert contributions(WORLD.layout, close, started)[3] == [("b", None, 10.0)]
+    assert contributions(WORLD.layout, close, started)[4] == []  # not wanted, so not missing
     weighted = replace(terms, aggregation=AggregationTerms(importance_weighting=True))
     (source,) = contributions(WORLD.layout, close, weighted)[0]
     factor = importance_factor(part.entries[0].rank, len(part.entries))

@@ -12,6 +12,7 @@ import trio.testing
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.exchange.ports import ByteStream, EdgeClosedError
 from p2pfl_torrent.peer.catchup import MAX_ASKED, MAX_PAUSE, CatchUp
+from p2pfl_torrent.protocols.state import State
 from tests.core.swarm_world import MODEL
 
 MEMBERS = [PeerId(f"member {number:02}") for number in range(20)]
@@ -62,3 +63,39 @@ async def test_it_asks_ever_more_rarely_and_those_who_are_there_then(
     assert pauses[-1] == MAX_PAUSE
     assert {peer for _, peer in nobody.asked} == set(MEMBERS)
     assert MEMBERS[0] not in {peer for time, peer in nobody.asked if time >= began + 10.0}
+
+
+def claims(*rounds: int, own_model: bool) -> dict[PeerId, State]:
+    """Claims of the first members; each of its own model, or all of a round of one."""
+    return {
+        MEMBERS[place]: State(
+            round, bytes([round % 256, place if own_model else 0]) * 16, 100, False
+        )
+        for place, round in enumerate(rounds)
+    }
+
+
+def test_one_members_word_moves_nothing() -> None:
+    machine = catch_up(Nobody())
+    alone = claims(7, 7, 7, 999_999, 6, own_model=True)
+    assert machine.reached(alone) == 7
+    ranked = machine._ranked(alone, 1, MEMBERS[:5])
+    assert {round for round, _, _ in ranked} == {7, 6}
+    assert not any(attested for _, _, attested in ranked)
+    assert machine.reached(claims(999_999, own_model=True)) == 999_999  # there is nobody else
+    assert machine.reached({}) == 0
+
+
+def test_what_a_quorum_attests_goes_before_what_is_later() -> None:
+    machine = catch_up(Nobody())
+    ranked = machine._ranked(claims(7, 7, 7, 8, own_model=False), 1, MEMBERS[:4])
+    assert ranked[0][0] == 7
+    assert ranked[0][2]
+
+
+def test_among_equals_the_nearest_is_taken() -> None:
+    machine = catch_up(Nobody())
+    told = claims(7, 7, 7, own_model=True)
+    near_first = [MEMBERS[2], MEMBERS[0], MEMBERS[1]]
+    ranked = machine._ranked(told, 1, near_first)
+    assert [base_hash for _, base_hash, _ in ranked] == [told[p].base_hash for p in near_first]
