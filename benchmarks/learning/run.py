@@ -46,6 +46,7 @@ class Condition:
         fraction: of the bytes of the others' updates that the deadline lets through; 1 for all.
         fill, fill_decay, fill_max_age: what stands in for a chunk that did not come.
         aggregator: by its name in the configuration.
+        chunks: that the model is cut into.
         killed: share of the peers killed at random in each round's exchange, and started again.
         attackers: share of the peers whose updates go backwards and five times as far.
         compression: codec of the chunks, with ``delta`` relative to the round's start.
@@ -66,6 +67,7 @@ class Condition:
     fill: str = "last"
     fill_decay: float = 1.0
     fill_max_age: int = 5
+    chunks: int = 20
     aggregator: str = "fedavg"
     killed: float = 0.0
     attackers: float = 0.0
@@ -126,7 +128,7 @@ def run(condition: Condition, seed: int) -> Row:
     began = time.process_time()
     task = TASKS[condition.task](condition.peers, seed, condition.scheme)
     model = task.build(seed)
-    layout = replace(task.layout(model), compression=_compression(condition))
+    layout = replace(task.layout(model, condition.chunks), compression=_compression(condition))
     start = task.start(model)
     peers = [PeerId(f"peer-{place}") for place in range(condition.peers)]
     lying = round(condition.attackers * condition.peers)

@@ -67,11 +67,10 @@ class Task:
     epochs: int
     batch_size: int
     optimizer: Callable[[Iterable[Tensor]], Optimizer]
-    num_chunks: int
 
-    def layout(self, model: nn.Module) -> Layout:
-        """The model in about as many chunks as it has blocks of 2 to 4 kB."""
-        return plan(describe(model), num_chunks=self.num_chunks, block_size=4096)
+    def layout(self, model: nn.Module, chunks: int) -> Layout:
+        """The model in about so many chunks of about equal size, each of few blocks."""
+        return plan(describe(model), num_chunks=chunks, block_size=4096)
 
     def start(self, model: nn.Module) -> Arrays:
         """Its weights as they are now."""
@@ -107,7 +106,6 @@ def mnist(peers: int, seed: int, scheme: str, samples: int = 6000, tested: int =
         epochs=2,
         batch_size=32,
         optimizer=lambda parameters: SGD(parameters, lr=0.1, momentum=0.5),
-        num_chunks=20,
     )
 
 
@@ -140,7 +138,6 @@ def text(peers: int, seed: int, scheme: str, samples: int = 4000, tested: int = 
         epochs=1,
         batch_size=16,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
-        num_chunks=20,
     )
 
 
