@@ -46,6 +46,9 @@ def run(arguments: Namespace) -> int:
         trainer.model,
         evaluate=task.score,
         calibration=calibration,
+        gradients=trainer.gradient_stats(
+            with_samples=not config.chunk.importance_config.snip.use_cached
+        ),
         on_address=lambda address: console.print(address, markup=False, soft_wrap=True),
     )
     label = f"part {part}/{parts}"

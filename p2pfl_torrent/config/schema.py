@@ -12,8 +12,11 @@ from p2pfl_torrent.core.genesis import CRITICAL_SHARE
 GENESIS, LOCAL = "genesis", "local"
 
 PlainMethod = Literal["change", "delta", "l2_norm", "magnitude", "snip", "fisher", "random"]
-ImportanceMethod = Literal[
+ChosenMethod = Literal[
     "change", "delta", "l2_norm", "magnitude", "snip", "fisher", "random", "adaptive"
+]
+ImportanceMethod = Literal[
+    "auto", "change", "delta", "l2_norm", "magnitude", "snip", "fisher", "random", "adaptive"
 ]
 GRADIENT_METHODS = ("magnitude", "snip", "fisher")
 
@@ -515,10 +518,13 @@ class ChunkSection:
         most=262144,
     )
     importance_method: ImportanceMethod = key(
-        "change",
+        "auto",
         LOCAL,
-        "how a chunk's importance is scored; `magnitude`, `snip` and `fisher` need `gradients=`",
-        "needs no gradients, did well in trials",
+        "how a chunk's importance is scored; `magnitude`, `snip` and `fisher` need `gradients=`. "
+        "`auto`: without them `change`, with them by the architecture: `magnitude` for a CNN, "
+        "`fisher` for a Transformer, `adaptive` for a hybrid, `l2_norm` below 10 M parameters, "
+        "`snip` above 100 M",
+        "the seed's choices; `change` needs no gradients and did well in trials",
     )
     importance_config: ImportanceSection = section(ImportanceSection)
     include: list[str] = key(

@@ -66,6 +66,8 @@ class RoundReport:
         exchange_seconds: the part of it before the closing.
         aggregate_seconds: the part of it spent averaging.
         model_hash: hex model_hash of the aggregate, exchanged tensors only.
+        importance_method: by which this peer's update was ranked; empty where none was: a round
+            that was solo or late, or one whose update is from before a restart.
         agreement: share of the others' updates of this round that were trained from the same start
             weights as ours; None where there was none.
         extended: whether the window was extended to reach min_completion_ratio.
@@ -97,6 +99,7 @@ class RoundReport:
     extended: bool = False
     below_min_completion: bool = False
     viable: bool = False
+    importance_method: str = ""
     late: bool = False
     attested: bool | None = None
     loss_before: float | None = None

@@ -6,8 +6,9 @@ mini-batches ranks chunks much as one over all of them does, at a fraction of th
 
 Elements without a gradient (buffers, frozen or unused parameters, what is not a parameter) count
 nowhere: a chunk's mean is over the elements that have one, and a chunk of none scores 0. It travels
-all the same, as the picker multiplies importance by age. A gradient that is not finite (a step that
-a loss scaler will skip) is left out.
+all the same, as the picker multiplies importance by age. A parameter's gradient that holds a value
+which is not finite is left out, all of it: that step is none for this parameter. snip, which looks
+at one mini-batch, then keeps the one before.
 
 A loss scaler unscales gradients before it calls the optimizer, so the hook reads true ones; a
 callback reads what is there. Ranks of snip, and of fisher, do not depend on a constant scale.
@@ -18,9 +19,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
+from typing import Protocol
 
 import torch
-from torch import nn, optim
+from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from p2pfl_torrent.core.chunking import Layout
@@ -37,22 +40,36 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(model output of a batch, targets) -> scalar mean loss, as ``torch.nn.functional`` has them."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Piece:
     """The rows of one parameter that are in one chunk."""
 
     chunk: int
     rows: slice | None  # None: a 0-d parameter
-    sums: torch.Tensor | None = None  # of the round; see _magnitude_of and _snip_of
+    size: int  # elements
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """These rows of the parameter, or of what has its shape."""
+        return tensor if self.rows is None else tensor[self.rows]
 
 
 @dataclass(slots=True)
 class _Tracked:
+    """One parameter and its sums of the round, all on its device; None before the first step."""
+
     name: str  # as the model has it
     parameter: nn.Parameter
     pieces: list[_Piece] = field(default_factory=list)
-    squares: torch.Tensor | None = None  # sum of g * g over the steps seen
-    steps: int = 0
+    steps: torch.Tensor | None = None  # that count: 0-d, float64
+    sums: torch.Tensor | None = None  # [pieces, sums], as _magnitude_of and _snip_of have them
+    squares: torch.Tensor | None = None  # sum of g * g, of the parameter's shape
+
+
+class HookedOptimizer(Protocol):
+    """What is asked of an optimizer: torch's have it, and the built-in recipes'."""
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> object:
+        """Call the hook before every step."""
 
 
 class GradientStats:
@@ -76,7 +93,7 @@ class GradientStats:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: optim.Optimizer | None = None,
+        optimizer: HookedOptimizer | None = None,
         *,
         loss: Loss | None = None,
         samples: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -91,12 +108,14 @@ class GradientStats:
         self._next_sample = 0
         self._method = ""
         self._hooked = False  # whether training is looked at
+        self._has_seen = False  # whether a gradient of what is exchanged ever came by
+        self._sees = False  # likewise, since the round began
         self._tracked: list[_Tracked] = []
         self._chunks = 0
         self._step = 0
         self._max_steps = 0
         self._history: deque[list[Moments]] = deque(maxlen=1)
-        self._scored: tuple[int, list[list[Moments]] | list[float]] | None = None
+        self._scored: tuple[int, list[float]] | None = None  # a round and its scores
         if optimizer is not None:
             optimizer.register_step_pre_hook(self._before_step)
 
@@ -126,7 +145,7 @@ class GradientStats:
         self._method, self._max_steps, self._chunks = method, max_steps, len(layout.chunks)
         self._history, self._scored = deque(maxlen=history_window), None
         self._hooked = not (from_samples or (method == "fisher" and self.has_samples))
-        self._step = 0
+        self._step, self._sees = 0, False
         unwrapped = unwrapping(self._model)
         parameters = self._model.named_parameters(remove_duplicate=False)
         by_name = {unwrapped(name): (name, parameter) for name, parameter in parameters}
@@ -139,7 +158,8 @@ class GradientStats:
                     continue
                 entry = tracked.setdefault(part.tensor, _Tracked(*found))
                 rows = slice(part.start, part.stop) if spec.shape else None
-                entry.pieces.append(_Piece(chunk.index, rows))
+                size = prod(spec.shape[1:]) * (part.stop - part.start) if rows else 1
+                entry.pieces.append(_Piece(chunk.index, rows, size))
         self._tracked = list(tracked.values())
 
     # --- while the user trains ---------------------------------------------------------------
@@ -158,38 +178,56 @@ class GradientStats:
         for entry in self._tracked:
             gradient = entry.parameter.grad
             if gradient is not None:
+                self._sees = self._has_seen = True
                 self._take(entry, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _take(self, entry: _Tracked, gradient: torch.Tensor) -> None:
         if self._method == "fisher":
-            square = torch.nan_to_num(_wide(gradient), 0.0, 0.0, 0.0).square_()
-            entry.squares = square if entry.squares is None else entry.squares.add_(square)
-            entry.steps += 1
+            self._add_squares(entry, _wide(gradient).square(), 1)
             return
-        for piece in entry.pieces:
-            g = gradient if piece.rows is None else gradient[piece.rows]
-            if self._method == "magnitude":
-                sums = _magnitude_of(g)
-                piece.sums = sums if piece.sums is None else piece.sums.add_(sums)
-            else:
-                weight = entry.parameter if piece.rows is None else entry.parameter[piece.rows]
-                sums = _snip_of(g, weight)
-                # One mini-batch: the last one seen, unless it was not finite.
-                piece.sums = (
-                    sums if piece.sums is None else torch.where(sums[1] > 0, sums, piece.sums)
-                )
+        if self._method == "magnitude":
+            rows = [_magnitude_of(_wide(piece.of(gradient))) for piece in entry.pieces]
+        else:
+            product = _wide(gradient) * _wide(entry.parameter.detach())
+            rows = [_snip_of(piece.of(product)) for piece in entry.pieces]
+        sums = torch.stack(rows)
+        counts = sums.isfinite().all()
+        steps = counts.double()
+        if entry.sums is None or entry.steps is None:
+            entry.sums = torch.where(counts, sums, torch.zeros_like(sums))
+            entry.steps = steps
+        elif self._method == "magnitude":
+            entry.sums = torch.where(counts, entry.sums + sums, entry.sums)
+            entry.steps += steps
+        else:  # one mini-batch: the last one seen
+            entry.sums = torch.where(counts, sums, entry.sums)
+            entry.steps = torch.maximum(entry.steps, steps)
+
+    def _add_squares(self, entry: _Tracked, square: torch.Tensor, steps: int) -> None:
+        """Take in g * g of so many steps, or the sum of them."""
+        counts = square.sum().isfinite()
+        square = torch.where(counts, square, torch.zeros_like(square))
+        if entry.squares is None or entry.steps is None:
+            entry.squares, entry.steps = square, counts.double() * steps
+        else:
+            entry.squares += square
+            entry.steps += counts.double() * steps
 
     # --- when the round is scored ------------------------------------------------------------
 
     def moments(self, round: int) -> list[list[Moments]]:
         """Of each round remembered, this one last, per chunk; then a new round begins.
 
-        Asked again for the same round, as after a cancelled exchange, the answer is the same.
+        Asked again for the same round, as after a cancelled exchange, the answer is the same. So it
+        is after a round without a step, here and for the other methods.
+
+        Raises:
+            ConfigError: no gradient ever came by.
         """
-        if self._scored is None or self._scored[0] != round:
-            self._history.append([Moments(*sums) for sums in self._summed(4)])
-            self._forget()
-            self._scored = round, []
+        if self._is_new(round):
+            sums = self._summed(3)
+            self._history.append([Moments(*each) for each in sums])
+            self._scored_now(round, [])
         return list(self._history)
 
     def snip(self, round: int, *, batch_size: int, use_cached: bool) -> list[float]:
@@ -198,65 +236,92 @@ class GradientStats:
         Args:
             batch_size: samples of the mini-batch, where it is not taken from training.
             use_cached: the gradient of a step of the user's training; else one on ``samples``.
+
+        Raises:
+            ConfigError: training is looked at, and no gradient ever came by.
         """
-        if self._scored is None or self._scored[0] != round:
+        if self._is_new(round):
             if not use_cached:
                 self._gradient_of_samples(batch_size)
-            sums = self._summed(2)
-            self._scored = round, [total / count if count else 0.0 for total, count in sums]
-            self._forget()
-        return list(self._scored[1])  # type: ignore[arg-type]  # floats, of this method
+            self._scored_now(round, [_mean(*each) for each in self._summed(1)])
+        return self._scores()
 
     def fisher(self, round: int, *, num_samples: int, damping: float) -> list[float]:
         """Mean sqrt(E[g * g] + damping * m) per chunk; m is the mean of E[g * g] over the model.
 
-        The damping is relative, so that it means the same whatever the loss's scale: an absolute
-        0.001 would drown most networks' E[g * g], of 1e-4 and less, and order chunks by nothing.
+        The damping is relative, so that it means the same whatever the scale of the loss. An
+        absolute one decides the order wherever squared gradients are smaller than it.
+
+        Raises:
+            ConfigError: training is looked at, and no gradient ever came by.
         """
-        if self._scored is None or self._scored[0] != round:
+        if self._is_new(round):
             if self._samples is not None:
                 self._square_gradients_of_samples(num_samples)
-            self._scored = round, self._fisher(damping)
-            self._forget()
-        return list(self._scored[1])  # type: ignore[arg-type]  # floats, of this method
+            self._root(damping)
+            self._scored_now(round, [_mean(*each) for each in self._summed(1)])
+        return self._scores()
+
+    def _is_new(self, round: int) -> bool:
+        """Whether a round is to be scored, not answered from what was scored before."""
+        if self._scored is not None and self._scored[0] == round:
+            return False
+        if not self._hooked:
+            return True
+        if not self._has_seen:
+            raise ConfigError(
+                f"Importance by {self._method} needs gradients, but GradientStats saw none of the "
+                "weights that are exchanged: make it of the model and the optimizer that are "
+                "trained, or call its on_before_step() between backward() and the step."
+            )
+        return self._sees or self._scored is None
+
+    def _scored_now(self, round: int, scores: list[float]) -> None:
+        self._scored = round, scores
+        self._forget()
+
+    def _scores(self) -> list[float]:
+        assert self._scored is not None
+        return list(self._scored[1])
 
     def _summed(self, width: int) -> list[list[float]]:
-        """The pieces' sums added per chunk, fetched from each device at once."""
-        totals = [[0.0] * width for _ in range(self._chunks)]
-        by_device: dict[torch.device, list[_Piece]] = {}
+        """Per chunk: entries seen, then the sums over them; fetched from each device at once."""
+        totals = [[0.0] * (1 + width) for _ in range(self._chunks)]
+        by_device: dict[torch.device, list[tuple[_Piece, torch.Tensor]]] = {}
         for entry in self._tracked:
-            for piece in entry.pieces:
-                if piece.sums is not None:
-                    by_device.setdefault(piece.sums.device, []).append(piece)
+            if entry.sums is None or entry.steps is None:
+                continue
+            rows = torch.cat([entry.steps.expand(len(entry.pieces), 1), entry.sums.double()], 1)
+            found = by_device.setdefault(rows.device, [])
+            found += zip(entry.pieces, rows, strict=True)
         for pieces in by_device.values():
-            stacked = torch.stack([s.double() for p in pieces if (s := p.sums) is not None])
-            for piece, row in zip(pieces, stacked.tolist(), strict=True):
+            fetched = torch.stack([row for _, row in pieces]).tolist()
+            for (piece, _), (steps, *sums) in zip(pieces, fetched, strict=True):
                 total = totals[piece.chunk]
-                totals[piece.chunk] = [old + new for old, new in zip(total, row, strict=True)]
+                total[0] += steps * piece.size
+                for place, value in enumerate(sums, 1):
+                    total[place] += value
         return totals
 
     @torch.no_grad()
-    def _fisher(self, damping: float) -> list[float]:
-        means = [
-            (entry, entry.squares.div_(entry.steps))
-            for entry in self._tracked
-            if entry.squares is not None
-        ]
-        size = sum(mean.numel() for _, mean in means)
-        damp = damping * sum(float(mean.sum()) for _, mean in means) / max(1, size)
-        for entry, mean in means:
-            for piece in entry.pieces:
-                rows = mean if piece.rows is None else mean[piece.rows]
-                total = (rows + damp).sqrt().sum()
-                piece.sums = torch.stack([total, torch.full_like(total, float(rows.numel()))])
-        return [total / count if count else 0.0 for total, count in self._summed(2)]
+    def _root(self, damping: float) -> None:
+        """Make of each parameter's squares the sums of sqrt(E[g * g] + damping * m)."""
+        means = []
+        for entry in self._tracked:
+            if entry.squares is not None and entry.steps is not None:
+                mean = entry.squares.div_(entry.steps.clamp(min=1).to(entry.squares.dtype))
+                means.append((entry, mean, entry.steps.clamp(max=1)))
+        size = sum(float(counts) * mean.numel() for _, mean, counts in means)
+        damp = damping * sum(float(mean.sum()) for _, mean, _ in means) / max(1, size)
+        for entry, mean, counts in means:
+            roots = mean.add_(damp).sqrt_()
+            sums = torch.stack([piece.of(roots).sum() for piece in entry.pieces])
+            entry.sums, entry.steps = sums.double().mul_(counts).unsqueeze(1), counts
 
     def _forget(self) -> None:
-        self._step = 0
+        self._step, self._sees = 0, False
         for entry in self._tracked:
-            entry.squares, entry.steps = None, 0
-            for piece in entry.pieces:
-                piece.sums = None
+            entry.steps = entry.sums = entry.squares = None
 
     # --- gradients of the samples handed over ------------------------------------------------
 
@@ -311,10 +376,8 @@ class GradientStats:
                 for entry in self._tracked:
                     if entry.name not in found:
                         continue
-                    square = torch.nan_to_num(_wide(found[entry.name]), 0.0, 0.0, 0.0)
-                    square = square.square_().sum(0)
-                    entry.squares = square if entry.squares is None else entry.squares + square
-                    entry.steps += len(inputs[some])
+                    square = _wide(found[entry.name]).square()
+                    self._add_squares(entry, square.sum(0), len(square))
 
 
 class _evaluating:  # noqa: N801 - used as a function
@@ -337,16 +400,15 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def _magnitude_of(gradient: torch.Tensor) -> torch.Tensor:
-    """count, sum abs(g), sum g, sum g * g; all 0 where one is not finite."""
-    g = _wide(gradient)
-    count = torch.full((), float(g.numel()), dtype=g.dtype, device=g.device)
-    sums = torch.stack([count, g.abs().sum(), g.sum(), g.square().sum()])
-    return torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
+def _magnitude_of(g: torch.Tensor) -> torch.Tensor:
+    """Sums of abs(g), g and g * g."""
+    return torch.stack([g.abs().sum(), g.sum(), g.square().sum()])
 
 
-def _snip_of(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sum abs(g * w), count; both 0 where one is not finite."""
-    product = (_wide(gradient) * _wide(weight.detach())).abs_().sum()
-    sums = torch.stack([product, torch.full_like(product, float(gradient.numel()))])
-    return torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
+def _snip_of(product: torch.Tensor) -> torch.Tensor:
+    """Sum of abs(g * w), of which the product is given."""
+    return product.abs().sum().unsqueeze(0)
+
+
+def _mean(count: float, total: float) -> float:
+    return total / count if count else 0.0

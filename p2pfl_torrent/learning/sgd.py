@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -22,15 +22,22 @@ class SGD:
         self._lr = lr
         self._momentum = momentum
         self._velocity: dict[int, torch.Tensor] = {}  # by a parameter's place
+        self._pre_hooks: list[Callable[..., None]] = []
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
 
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> None:
+        """Call ``hook(optimizer, args, kwargs)`` before every step, as torch's optimizers do."""
+        self._pre_hooks.append(hook)
+
     @torch.no_grad()
     def step(self) -> None:
         """Move the parameters that have a gradient."""
+        for hook in self._pre_hooks:
+            hook(self, (), {})
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
                 parameter.add_(self._direction(place, parameter.grad), alpha=-self._lr)

@@ -15,12 +15,14 @@ from torch.nn import functional
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset
+from p2pfl_torrent.learning.gradients import GradientStats
 from p2pfl_torrent.learning.recipes import OnMerge
 from p2pfl_torrent.learning.sgd import SGD
 
 OnBatch = Callable[[int, int, float], None]
 """Called after each batch with (batches done, batches in total, loss of this batch)."""
 
+STATISTICS_SAMPLES = 1024  # of the data, handed to gradient statistics as floats
 EVALUATION_BATCH = 512  # bounds the activations held at once
 
 
@@ -134,6 +136,21 @@ class Trainer:
         """Say that the model's weights were replaced by an aggregate: applies `on_merge`."""
         if self.on_merge == "reset":
             self._optimizer.reset()
+
+    def gradient_stats(self, *, with_samples: bool) -> GradientStats:
+        """Statistics of this training, for importance by gradients.
+
+        Args:
+            with_samples: hand over some of the data too, for gradients apart from the training's.
+        """
+        if not with_samples:
+            return GradientStats(self.model, self._optimizer)
+        generator = torch.Generator().manual_seed(len(self.dataset))  # its order may be by class
+        some = torch.randperm(len(self.dataset), generator=generator)[:STATISTICS_SAMPLES]
+        some = some.to(self._device)
+        samples = scaled(self._x[some]), self._y[some]
+        loss = functional.cross_entropy
+        return GradientStats(self.model, self._optimizer, loss=loss, samples=samples)
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """One pass over the training set in its own order, for scoring and recalibrating."""

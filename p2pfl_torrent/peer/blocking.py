@@ -21,7 +21,6 @@ from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
 from p2pfl_torrent.peer.node import Node
 from p2pfl_torrent.peer.running import open_node
-from p2pfl_torrent.peer.scoring import check_gradients
 
 T = TypeVar("T")
 
@@ -50,7 +49,8 @@ class Peer:
         optimizer: needed for ``federate.on_merge: reset``.
         calibration: batches for ``chunk.norm_policy: recalibrate``.
         gradients: `GradientStats` of the model and optimizer, for the importance methods
-            ``magnitude``, ``snip``, ``fisher`` and for ``adaptive`` where it uses one of them.
+            ``magnitude``, ``snip``, ``fisher``, for ``adaptive`` where it uses one of them, and for
+            ``auto`` to choose by the model's architecture.
         on_address: told each multiaddr under which this peer can be reached as soon as it listens,
             in the network's thread; ``print`` will do. Joining takes until the others are there,
             and they may need the address to come.
@@ -70,7 +70,6 @@ class Peer:
         gradients: GradientStats | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
-        check_gradients(config.chunk, gradients)
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )
@@ -239,6 +238,8 @@ class Peer:
 
         Raises:
             UpdateError: the weights hold NaN or infinity, or ``num_samples`` is out of range.
+            ConfigError: importance needs gradients, and ``gradients`` has seen none; nothing was
+                shared.
             PeerStoppedError: the network has failed.
         """
         before = self._model.score()

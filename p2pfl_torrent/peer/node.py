@@ -59,7 +59,7 @@ from p2pfl_torrent.peer.network import (
 )
 from p2pfl_torrent.peer.parts import Making, restore
 from p2pfl_torrent.peer.rounds import Merged
-from p2pfl_torrent.peer.scoring import Gradients
+from p2pfl_torrent.peer.scoring import Gradients, chosen_method
 from p2pfl_torrent.peer.snapshot import take_statistics
 from p2pfl_torrent.peer.topics import Topics
 from p2pfl_torrent.protocols import chunk as chunk_protocol
@@ -94,6 +94,7 @@ class Node:
     ) -> None:
         self.config = config
         self._gradients = gradients
+        self._method = chosen_method(config.chunk, architecture, gradients)
         self.feed = EventFeed()
         self.peer_id = ""
         self.addrs: tuple[str, ...] = ()
@@ -230,6 +231,7 @@ class Node:
             addrs=self.addrs,
             rng=self._rng,
             feed=self.feed,
+            method=self._method,
             gradients=self._gradients,
         )
         self._topics = Topics(self._gossip, self._swarm_id, PeerId(self.peer_id))

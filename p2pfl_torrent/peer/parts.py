@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from p2pfl_torrent.config import PeerConfig
+from p2pfl_torrent.config.schema import ChosenMethod
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
@@ -45,6 +46,7 @@ class Making:
     addrs: Sequence[str]
     rng: random.Random
     feed: EventFeed
+    method: ChosenMethod
     gradients: Gradients | None
 
     @property
@@ -142,7 +144,9 @@ class Making:
             checkpoints=checkpoints,
             exchange=exchange,
             catch_up=catch_up,
-            scorer=ImportanceScorer(self.config.chunk, self.layout, self.rng, self.gradients),
+            scorer=ImportanceScorer(
+                self.config.chunk, self.method, self.layout, self.rng, self.gradients
+            ),
             feed=self.feed,
             enabled=self.config.bittorrent.enable,
             residuals=(

@@ -59,12 +59,14 @@ class _Underway:
     Attributes:
         began: trio's time when the user called.
         duplicate, uploaded: the swarm's bytes so far when it began.
+        method: by which the update was ranked; empty for one from before a restart.
         outcome: how it ended, once it has, and when that was.
     """
 
     began: float
     duplicate: int
     uploaded: int
+    method: str = ""
     outcome: ev.CloseRound | ev.MissedRound | None = None
     closed: float = 0.0
 
@@ -181,6 +183,7 @@ class Rounds:
 
         Raises:
             UpdateError: the update cannot be shared, or an exchange is under way.
+            ConfigError: importance needs gradients, and none were seen.
         """
         if self._is_called:
             raise UpdateError(
@@ -218,7 +221,10 @@ class Rounds:
         if swarm.solo:
             return None
         underway = _Underway(began, swarm.fetching.bytes_duplicate, swarm.serving.bytes_uploaded)
-        manifest = self._own_manifest() or await self._publish(arrays, num_samples)
+        manifest = self._own_manifest()
+        if manifest is None:
+            underway.method = self._scorer.method
+            manifest = await self._publish(arrays, num_samples)
         self.phase = "exchanging"
         self._exchange.feed(ev.UpdateReady(manifest))
         return underway
@@ -272,14 +278,12 @@ class Rounds:
             with self._residuals.draft(round) as keep:
                 return describe(keep)
 
+        last, start = self._last_delivered(), partial(self._checkpoints.load, round - 1)
+        ranks = await trio.to_thread.run_sync(self._scorer.ranks, round, arrays, last, start)
         try:
             sizes, hashes = await trio.to_thread.run_sync(describe_and_keep)
         except CompressionError as error:
             raise UpdateError(f"{error} This update was not shared.") from error
-        last = self._last_delivered()
-        ranks = await trio.to_thread.run_sync(
-            self._scorer.ranks, round, arrays, last, partial(self._checkpoints.load, round - 1)
-        )
         manifest = make_manifest(
             layout=layout,
             swarm=self._swarm_id,
@@ -364,6 +368,7 @@ class Rounds:
             extended=close.extended,
             below_min_completion=close.below_min_completion,
             viable=close.viable,
+            importance_method=underway.method,
             metrics=dict(metrics),
         )
         self._note_taken()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from p2pfl_torrent.config import ChunkSection
-from p2pfl_torrent.config.schema import GRADIENT_METHODS
+from p2pfl_torrent.config.schema import GRADIENT_METHODS, ChosenMethod, PlainMethod
+from p2pfl_torrent.core.architecture import Architecture
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.importance import (
@@ -57,9 +58,39 @@ class Gradients(Protocol):
         """One score per chunk."""
 
 
-def check_gradients(config: ChunkSection, gradients: Gradients | None) -> None:
-    """Raise ConfigError if the method needs what the user did not hand over."""
-    method, methods = config.importance_method, [config.importance_method]
+BY_FAMILY: Mapping[str, ChosenMethod] = {
+    "cnn": "magnitude",
+    "transformer": "fisher",
+    "hybrid": "adaptive",
+    "small": "l2_norm",
+    "large": "snip",
+}
+"""The seed's method for each family of models, which ``auto`` takes where there are gradients."""
+
+
+def chosen_method(
+    config: ChunkSection, architecture: Architecture | None, gradients: Gradients | None
+) -> ChosenMethod:
+    """The configured method; for ``auto``, the one for this model and what was handed over.
+
+    Raises:
+        ConfigError: it needs what the user did not hand over.
+    """
+    method: ChosenMethod
+    if config.importance_method != "auto":
+        method = config.importance_method
+    elif gradients is None or architecture is None:
+        method = "change"
+    else:
+        method = BY_FAMILY.get(config.architecture, BY_FAMILY[architecture.family])
+    _check_gradients(config, method, gradients)
+    return method
+
+
+def _check_gradients(
+    config: ChunkSection, method: ChosenMethod, gradients: Gradients | None
+) -> None:
+    methods: list[str] = [method]
     if method == "adaptive":
         adaptive = config.importance_config.adaptive
         methods = [adaptive.early, adaptive.late]
@@ -82,12 +113,14 @@ class ImportanceScorer:
     """Ranks chunks, 0 for the least important.
 
     Args:
+        method: as ``chosen_method`` has it.
         gradients: watched from now on, where the method needs them.
     """
 
     def __init__(
         self,
         config: ChunkSection,
+        method: ChosenMethod,
         layout: Layout,
         rng: random.Random,
         gradients: Gradients | None,
@@ -98,15 +131,14 @@ class ImportanceScorer:
         self._gradients = gradients
         self._phases: PhaseMachine | None = None
         self._seen_round = 0
-        method: str = config.importance_method
         if method == "adaptive":
             adaptive = self._settings.adaptive
             self._phases = PhaseMachine(slow=adaptive.slow, patience=adaptive.patience)
             method = adaptive.early
         self._use(method)
 
-    def _use(self, method: str) -> None:
-        self.method = method
+    def _use(self, method: PlainMethod) -> None:
+        self.method: PlainMethod = method
         if self._gradients is None or method not in GRADIENT_METHODS:
             return
         self._gradients.watch(

@@ -18,7 +18,6 @@ from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
 from p2pfl_torrent.peer.node import Node
 from p2pfl_torrent.peer.running import open_node
-from p2pfl_torrent.peer.scoring import check_gradients
 
 
 class AsyncPeer:
@@ -36,7 +35,9 @@ class AsyncPeer:
 
     Args: as ``Peer``; ``on_address`` is called in trio's own thread, ``evaluate`` in a worker
         thread, where torch's settings of the calling thread (autocast, current device) do not hold;
-        once the aggregate has come it is waited for even by who cancels ``exchange``.
+        once the aggregate has come it is waited for even by who cancels ``exchange``. ``gradients``
+        given samples runs the model in a worker thread too, in evaluation mode, during
+        ``exchange`` alone, which waits for it even where it is cancelled.
 
     Raises (on entering):
         ConfigError, GenesisMismatchError, JoinError and the other P2PFLErrors, one sentence each.
@@ -53,7 +54,6 @@ class AsyncPeer:
         gradients: GradientStats | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
-        check_gradients(config.chunk, gradients)
         self._model = LocalModel(
             config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
         )

@@ -8,6 +8,7 @@ from p2pfl_torrent.statistics import (
     BlockRefused,
     DeadlineSet,
     EdgeChanged,
+    ImportanceSwitched,
     Joined,
     Left,
     MemberChanged,
@@ -36,6 +37,8 @@ def sentence(event: PeerEvent, name_of: NameOf) -> str | None:
     if isinstance(event, RoundStarted):
         start = event.model_hash[:8]
         return f"round {event.round} started from model {start} with {event.members} members"
+    if isinstance(event, ImportanceSwitched):
+        return f"importance is scored by {event.method} from round {event.round} on: {event.why}"
     if isinstance(event, BlockRefused):
         return (
             f"refused a block of {name_of(event.owner)}'s chunk {event.chunk} "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from p2pfl_torrent.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = str(ROOT / "examples" / "swarm.yaml")
 
@@ -86,3 +88,18 @@ def test_a_member_that_waits_can_be_interrupted(number: int, tmp_path: Path) -> 
         peer.send_signal(number)
         _, errors = peer.communicate(timeout=60)
     assert (peer.returncode, errors) == (130, "")
+
+
+@pytest.mark.parametrize("method", ["snip", "fisher"])
+def test_a_gradient_method_in_the_file_is_enough(tmp_path: Path, method: str) -> None:
+    """Alone, so that it only has to be allowed to begin."""
+    config = tmp_path / "swarm.yaml"
+    config.write_text(
+        "bittorrent: {enable: false}\n"
+        f"chunk: {{importance_method: {method}, importance_config: {{snip: {{use_cached: false}}}}}}"
+        "\ntask: {epochs: 1}\n"
+    )
+    result = tmp_path / "result.json"
+    arguments = ["join", str(config), "--part", "1/4", "--rounds", "1", "--json", str(result)]
+    assert main(arguments) == 0
+    assert [each["closed_by"] for each in json.loads(result.read_text())["rounds"]] == ["solo"]

@@ -244,16 +244,62 @@ def test_what_has_no_gradient_scores_nothing_and_hides_nothing(method: str) -> N
     assert sorted(score > 0 for score in scores).count(True) >= 3
 
 
-def test_a_step_that_is_not_finite_is_left_out() -> None:
-    model = nn.Linear(3, 3, bias=False)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("method", "expected"), [("magnitude", 3.0), ("snip", 4.0), ("fisher", 10.0**0.5)]
+)
+def test_a_gradient_with_a_value_that_is_not_finite_is_left_out_in_all_its_chunks(
+    method: str, expected: float, place: int, bad: float
+) -> None:
+    model = nn.Linear(40, 40, bias=False)
+    nn.init.constant_(model.weight, 1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     stats = GradientStats(model, optimizer)
-    stats.watch(layout_of(model, 1), "magnitude", history_window=1, max_steps=1, from_samples=False)
-    for value in (2.0, float("inf"), 4.0):
-        model.weight.grad = torch.full_like(model.weight, value)
-        for _ in range(EVERY["magnitude"]):
+    layout = layout_of(model, 2)
+    assert len(layout.chunks) == 2
+    stats.watch(layout, method, history_window=1, max_steps=3, from_samples=False)
+    gradients = [torch.full_like(model.weight, value) for value in (2.0, 4.0)]
+    odd = torch.full_like(model.weight, 100.0)
+    odd[0, 0] = bad
+    gradients.insert(place, odd)
+    for gradient in gradients:
+        model.weight.grad = gradient
+        for _ in range(EVERY[method]):
             optimizer.step()
-    assert magnitude_scores(stats.moments(1), chunks=1, use_variance=False) == pytest.approx([3.0])
+    assert scores_of(stats, method, 1, chunks=2) == pytest.approx([expected, expected])
+
+
+def scores_of(stats: GradientStats, method: str, round: int, chunks: int) -> list[float]:
+    if method == "magnitude":
+        return magnitude_scores(stats.moments(round), chunks=chunks, use_variance=False)
+    if method == "snip":
+        return stats.snip(round, batch_size=1, use_cached=True)
+    return stats.fisher(round, num_samples=1, damping=0.0)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "fisher"])
+def test_statistics_that_never_saw_a_gradient_say_what_to_do(method: str) -> None:
+    for trained in (network(1), None):  # another model's optimizer; or no step at all
+        model = network()
+        stats, optimizer = watching(model, method)
+        if trained is not None:
+            train(trained, optimizer, 2)  # whose steps move this model, which has no gradient
+        with pytest.raises(ConfigError, match="saw none of the weights"):
+            scores_of(stats, method, 1, chunks=6)
+        train(model, optimizer, 1)
+        assert any(scores_of(stats, method, 1, chunks=6))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "snip", "fisher"])
+def test_after_a_round_without_a_step_the_scores_are_those_before(method: str) -> None:
+    model = network()
+    stats, optimizer = watching(model, method, window=3)
+    train(model, optimizer, 1)
+    first = scores_of(stats, method, 1, chunks=6)
+    assert scores_of(stats, method, 2, chunks=6) == first
+    train(model, optimizer, 1, seed=7)
+    assert scores_of(stats, method, 3, chunks=6) != first
 
 
 def test_a_callback_does_what_the_hook_does() -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from p2pfl_torrent.core.chunking import plan
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.learning.datasets import Dataset
 from p2pfl_torrent.learning.models import build
 from p2pfl_torrent.learning.norms import recalibrate
+from p2pfl_torrent.learning.state import describe
 from p2pfl_torrent.learning.trainer import Evaluation, Trainer, TrainResult, evaluate
 
 
@@ -258,3 +260,19 @@ def test_pixels_as_bytes_train_as_their_values_do() -> None:
     assert torch.equal(weights(ours.model), weights(theirs.model))
     assert ours.evaluate(as_bytes) == theirs.evaluate(as_values)
     assert next(ours.batches())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("with_samples", [False, True])
+def test_its_gradient_statistics_change_nothing_and_see_its_steps(with_samples: bool) -> None:
+    ours, plain = trainer(), trainer()
+    stats = ours.gradient_stats(with_samples=with_samples)
+    assert stats.has_samples == with_samples
+    layout = plan(describe(ours.model), num_chunks=1, block_size=4096)
+    stats.watch(layout, "snip", history_window=1, max_steps=1, from_samples=with_samples)
+    for each in (ours, plain):
+        each.train(1)
+    [score] = stats.snip(1, batch_size=8, use_cached=not with_samples)
+    assert score > 0
+    for each in (ours, plain):
+        each.train(1)
+    assert torch.equal(weights(ours.model), weights(plain.model))

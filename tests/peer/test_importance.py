@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import trio
 from torch import nn
 
 from p2pfl_torrent import AsyncPeer, ConfigError, GradientStats, Peer, PeerConfig
+from p2pfl_torrent.core.architecture import Architecture, Family
 from p2pfl_torrent.core.importance import rank
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.reports import ImportanceSwitched
+from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport
+from p2pfl_torrent.peer.scoring import chosen_method
 from tests.peer.swarms import NUM_CHUNKS, Member, all_done, config, identities, swarm, until
 
 
@@ -32,6 +35,41 @@ def test_snip_on_a_batch_of_its_own_needs_data() -> None:
     )
     with pytest.raises(ConfigError, match="use_cached is false"):
         Peer(settings, nn.Linear(8, 8), gradients=GradientStats(nn.Linear(8, 8)))
+
+
+class Nothing:
+    """Gradient statistics of which nothing is asked yet."""
+
+    def __init__(self, *, has_samples: bool = False) -> None:
+        self.has_samples = has_samples
+
+
+def method_of(family: Family | None, *, given: bool = True, **values: object) -> str:
+    """The method that ``auto``, which is the default, chooses."""
+    gradients: Any = Nothing() if given else None
+    architecture = Architecture(family, ()) if family is not None else None
+    return chosen_method(PeerConfig().with_values(**values).chunk, architecture, gradients)
+
+
+def test_by_default_the_method_is_the_seeds_for_the_architecture() -> None:
+    families = get_args(Family)
+    assert {family: method_of(family) for family in families} == {
+        "cnn": "magnitude", "transformer": "fisher", "hybrid": "adaptive", "small": "l2_norm",
+        "large": "snip",
+    }  # fmt: skip
+    assert {method_of(family, given=False) for family in families} == {"change"}
+    assert method_of(None) == "change"  # nothing is known of the model
+
+
+def test_the_architecture_that_the_configuration_names_goes_before_the_one_found() -> None:
+    assert method_of("small", chunk__architecture="large") == "snip"
+    assert method_of("cnn", chunk__architecture="uniform") == "magnitude"
+    assert method_of("cnn", chunk__importance_method="delta") == "delta"
+
+
+def test_what_auto_chose_may_need_data_too() -> None:
+    with pytest.raises(ConfigError, match="use_cached is false"):
+        method_of("large", chunk__importance_config__snip__use_cached=False)
 
 
 def test_adaptive_between_methods_without_gradients_needs_none() -> None:
@@ -100,12 +138,16 @@ class Learner:
             config(2, bootstrap, "", {"chunk": chunk}), self.model, gradients=gradients
         )
         self.told = self.peer.events()
+        self.reports: list[RoundReport] = []
         self.ranks: list[int] = []
         self.expected: list[int] = []
 
-    async def take_part(self) -> None:
+    async def take_part(self, *, forgets_to_train: bool = False) -> None:
         async with self.peer as peer, aclosing(peer.rounds()) as rounds:
             async for round in rounds:
+                if forgets_to_train and round == 1:
+                    with pytest.raises(ConfigError, match="GradientStats saw none of the weights"):
+                        await peer.exchange(num_samples=4)
                 self.model(torch.randn(4, 64)).square().sum().backward()
                 if round == 1:
                     weights = dict(self.model.named_parameters()).values()
@@ -113,7 +155,7 @@ class Learner:
                     self.expected = rank(products)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                await peer.exchange(num_samples=4, metrics={"loss": 1.0})
+                self.reports.append(await peer.exchange(num_samples=4, metrics={"loss": 1.0}))
                 if round == 1:
                     ledger = peer._node._exchange.swarm.ledger
                     update = ledger.update_of(PeerId(peer.peer_id), 1)
@@ -122,15 +164,28 @@ class Learner:
 
 
 async def test_a_peer_ranks_by_the_gradients_of_its_training() -> None:
-    with trio.fail_after(60):
-        async with trio.open_nursery() as nursery:
-            first = Learner([], 1)
-            nursery.start_soon(first.take_part)
-            await until(lambda: bool(first.peer.addrs))
-            second = Learner(list(first.peer.addrs), 2)
-            nursery.start_soon(second.take_part)
+    first, second = await two_learners()
     for learner in (first, second):
         assert learner.ranks == learner.expected
         told = [event for event in learner.told.drain() if isinstance(event, ImportanceSwitched)]
         assert [(event.round, event.method) for event in told] == [(3, "random")]
+        assert [report.importance_method for report in learner.reports] == ["snip", "snip"]
     assert first.expected != second.expected
+
+
+async def test_an_exchange_before_any_gradient_says_so_and_may_be_repeated() -> None:
+    for learner in await two_learners(forgets_to_train=True):
+        assert learner.ranks == learner.expected
+        assert {report.completeness for report in learner.reports} == {1.0}
+
+
+async def two_learners(*, forgets_to_train: bool = False) -> tuple[Learner, Learner]:
+    """After all their rounds."""
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            first = Learner([], 1)
+            nursery.start_soon(partial(first.take_part, forgets_to_train=forgets_to_train))
+            await until(lambda: bool(first.peer.addrs))
+            second = Learner(list(first.peer.addrs), 2)
+            nursery.start_soon(partial(second.take_part, forgets_to_train=forgets_to_train))
+    return first, second

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import (
+    ImportanceSwitched,
     Joined,
     Left,
     NeighbourStatistics,
@@ -22,8 +23,8 @@ from p2pfl_torrent.core.reports import (
 )
 from p2pfl_torrent.progress import views
 from p2pfl_torrent.progress.display import Display
-from p2pfl_torrent.progress.sentences import finished, rate, size
-from p2pfl_torrent.progress.state import SwarmState
+from p2pfl_torrent.progress.sentences import finished, rate, sentence, size
+from p2pfl_torrent.progress.state import SwarmState, short_id
 
 IDS = [PeerId(f"12D3KooW{letter * 44}") for letter in "ABCDEF"]
 
@@ -158,6 +159,11 @@ def test_the_rounds_table_counts_the_peers_whose_round_was_viable() -> None:
     rows = [(1, [report(1, viable=True), short, replace(short, viable=True)])]
     header, line = (text.split() for text in drawn(views.rounds_table(rows), 100)[:2])
     assert line[header.index("viable")] == "2/3"
+
+
+def test_a_switch_of_the_importance_method_is_told() -> None:
+    told = sentence(ImportanceSwitched(4, "fisher", "the loss hardly falls"), short_id)
+    assert told == "importance is scored by fisher from round 4 on: the loss hardly falls"
 
 
 @pytest.mark.parametrize(
