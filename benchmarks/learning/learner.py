@@ -14,7 +14,7 @@ from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.tensors import Arrays
 from p2pfl_torrent.learning.gradients import GradientStats
 from p2pfl_torrent.learning.state import describe, load_arrays, snapshot
-from p2pfl_torrent.peer.scoring import ImportanceScorer
+from p2pfl_torrent.peer.scoring import ImportanceScorer, chosen_method
 from p2pfl_torrent.simulation.federation import LastDelivered
 
 ROTATIONS = ("rotation", "rotation in step")
@@ -63,7 +63,9 @@ class TaskLearner:
         self._scorer: ImportanceScorer | None = None
         if order not in ROTATIONS:
             rng = random.Random(f"{seed} {place}")
-            self._scorer = ImportanceScorer(self._section(), layout, rng, self._stats)
+            section = self._section()
+            method = chosen_method(section, None, self._stats)
+            self._scorer = ImportanceScorer(section, method, layout, rng, self._stats)
 
     def _gradients(self) -> GradientStats:
         if self._order == SAMPLED:

@@ -269,6 +269,7 @@ class GradientStats:
         if not self._hooked:
             return True
         if not self._has_seen:
+            self._step = 0  # the next one is looked at
             raise ConfigError(
                 f"Importance by {self._method} needs gradients, but GradientStats saw none of the "
                 "weights that are exchanged: make it of the model and the optimizer that are "

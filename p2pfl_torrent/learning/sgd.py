@@ -37,7 +37,7 @@ class SGD:
     def step(self) -> None:
         """Move the parameters that have a gradient."""
         for hook in self._pre_hooks:
-            hook(self, (), {})
+            hook(self, (self,), {})
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
                 parameter.add_(self._direction(place, parameter.grad), alpha=-self._lr)

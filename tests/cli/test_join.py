@@ -96,8 +96,9 @@ def test_a_gradient_method_in_the_file_is_enough(tmp_path: Path, method: str) ->
     config = tmp_path / "swarm.yaml"
     config.write_text(
         "bittorrent: {enable: false}\n"
-        f"chunk: {{importance_method: {method}, importance_config: {{snip: {{use_cached: false}}}}}}"
-        "\ntask: {epochs: 1}\n"
+        f"chunk: {{importance_config: {{snip: {{use_cached: false}}}}, "
+        f"importance_method: {method}}}\n"
+        "task: {epochs: 1}\n"
     )
     result = tmp_path / "result.json"
     arguments = ["join", str(config), "--part", "1/4", "--rounds", "1", "--json", str(result)]
