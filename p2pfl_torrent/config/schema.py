@@ -438,7 +438,8 @@ class FisherSection:
     num_samples: int = key(
         100,
         LOCAL,
-        "gradients that are squared in a round: mini-batches', or samples' where they are given",
+        "gradients that are squared in a round at most: mini-batches', or samples' where they are "
+        "given, of which a short round affords fewer",
         "the seed's",
         least=1,
         most=MAX_COUNT,

@@ -34,6 +34,8 @@ from p2pfl_torrent.learning.wrappers import unwrapping
 EVERY = {"magnitude": 64, "snip": 32, "fisher": 8}
 """Steps between two that are looked at, per method: each keeps its cost below its share."""
 
+STEPS_PER_SAMPLE = 6  # of training, for each per-sample gradient: that is what these may cost
+LEAST_SAMPLES = 8
 SAMPLES_AT_A_TIME = 8  # per-sample gradients held at once: eight models' worth of memory
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -252,11 +254,18 @@ class GradientStats:
         The damping is relative, so that it means the same whatever the scale of the loss. An
         absolute one decides the order wherever squared gradients are smaller than it.
 
+        Args:
+            num_samples: per-sample gradients at most; no more than ``LEAST_SAMPLES`` and one for
+                each ``STEPS_PER_SAMPLE`` steps of the round's training, where steps are seen.
+
         Raises:
             ConfigError: training is looked at, and no gradient ever came by.
         """
         if self._is_new(round):
             if self._samples is not None:
+                if self._step:
+                    afforded = max(LEAST_SAMPLES, self._step // STEPS_PER_SAMPLE)
+                    num_samples = min(num_samples, afforded)
                 self._square_gradients_of_samples(num_samples)
             self._root(damping)
             self._scored_now(round, [_mean(*each) for each in self._summed(1)])

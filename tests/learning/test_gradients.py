@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_fisher_of_samples_squares_the_gradient_of_each() -> None:
     assert scores == pytest.approx(per_chunk(layout_of(model), roots), rel=1e-9)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("steps", "samples"), [(4, 8), (72, 12), (400, 20)])
+def test_a_short_round_affords_fewer_samples(steps: int, samples: int) -> None:
+    model = network()
+    given: dict[str, Any] = {"loss": nn.functional.cross_entropy, "samples": data(30)}
+    seen, _ = watching(model, "fisher", **given)
+    exact, _ = watching(model, "fisher", **given)
+    for _ in range(steps):
+        seen.on_before_step()
+    scores = seen.fisher(1, num_samples=20, damping=0.0)
+    assert scores == pytest.approx(exact.fisher(1, num_samples=samples, damping=0.0))
 
 
 def test_snip_of_samples_is_one_batch_whose_next_ones_come_in_the_next_round() -> None:
