@@ -1,9 +1,8 @@
-"""Published architectures at their real size, with random weights: nothing is downloaded."""
+"""Published architectures at their real size, through chunk files and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,34 +14,13 @@ from p2pfl_torrent.core.chunking import decode_chunk, encode_chunk, slice_of
 from p2pfl_torrent.learning.architecture import architecture_of, describe_layout
 from p2pfl_torrent.learning.state import describe, to_arrays
 from tests.core.small_models import same_bits
-
-
-def transformers() -> Any:
-    return pytest.importorskip("transformers", reason="transformers is not installed")
-
-
-def resnet18() -> nn.Module:
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    model: nn.Module = models.resnet18()
-    return model
-
-
-def bert() -> nn.Module:
-    library = transformers()
-    model: nn.Module = library.BertModel(library.BertConfig())
-    return model
-
-
-def gpt2() -> nn.Module:
-    library = transformers()
-    model: nn.Module = library.GPT2LMHeadModel(library.GPT2Config())
-    return model
+from tests.learning.real_models import ResNet18, bert, gpt2, torchvision_resnet18
 
 
 @pytest.mark.parametrize(
     ("make", "family", "first"),
     [
-        (resnet18, "cnn", "conv"),
+        (ResNet18, "cnn", "conv"),
         (bert, "large", "position"),
         (gpt2, "large", "position"),
     ],
@@ -66,3 +44,18 @@ def test_it_comes_back_bit_for_bit_in_chunks_of_its_range(
         values = decode_chunk(layout, chunk.index, encode_chunk(layout, chunk.index, arrays))
         for part, array in zip(chunk.slices, values, strict=True):
             assert same_bits(array, slice_of(arrays[spec.tensors[part.tensor].name], part))
+
+
+def test_our_resnet18_is_cut_like_torchvisions() -> None:
+    ours, theirs = ResNet18(), torchvision_resnet18()
+    layouts = []
+    for model in (ours, theirs):
+        spec = describe(model)
+        layouts.append(PeerConfig().plan_layout(spec, architecture_of(model, spec)))
+    assert layouts[0].digest == layouts[1].digest
+
+
+def test_our_resnet18_has_the_values_of_the_published_one() -> None:
+    model = ResNet18()
+    assert sum(weight.numel() for weight in model.parameters()) == 11_689_512
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
