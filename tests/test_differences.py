@@ -5,6 +5,7 @@ import pytest
 
 from p2pfl_torrent.config import PeerConfig, explain
 from p2pfl_torrent.config.differences import MAX_OUTLINE, model_term
+from p2pfl_torrent.core.architecture import Architecture, Group, Part
 from p2pfl_torrent.core.genesis import MAX_GENESIS_BYTES, Terms, decode_terms, encode_terms
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec
 
@@ -40,7 +41,7 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
         ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
         ({"bittorrent__fill_decay": 0.5}, "bittorrent.fill_decay is 1.0 here and 0.5 there"),
         ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),
-        ({"chunk__num_chunks": 1}, "chunk.num_chunks or chunk.block_size is another one there"),
+        ({"chunk__architecture": "cnn"}, "chunk.architecture is auto here and cnn there"),
         ({"chunk__compression": "int8"}, "chunk.compression is none here and int8 there"),
         (
             {"swarm__seed": 7, "federate__max_staleness": 0},
@@ -50,6 +51,34 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
 )
 def test_a_difference_is_told_by_its_key(values: dict[str, object], told: str) -> None:
     assert explain(terms(LARGE), terms(LARGE, **values)) == told
+
+
+CUT_OTHERWISE = "chunk.num_chunks or chunk.block_size is another one there"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("uniform", CUT_OTHERWISE),
+        ("auto", f"{CUT_OTHERWISE}, or chunk.architecture: auto reads the model's layers"),
+        ("large", f"{CUT_OTHERWISE}, or chunk.architecture: large reads the model's layers"),
+    ],
+)
+def test_another_layout_of_the_same_model_is_told(architecture: str, told: str) -> None:
+    ours = terms(LARGE, chunk__architecture=architecture)
+    theirs = terms(LARGE, chunk__architecture=architecture, chunk__num_chunks=1)
+    text = explain(ours, theirs)
+    assert text.startswith(told)
+    assert ("uniform at every peer" in text) == (architecture != "uniform")
+
+
+def test_another_architecture_explains_another_layout() -> None:
+    layers = Architecture("large", (Group("linear", (Part("b"),)), Group("linear", (Part("w"),))))
+    uniform = PeerConfig().with_values(chunk__architecture="uniform")
+    ours = PeerConfig().terms(LARGE, PeerConfig().plan_layout(LARGE, layers))
+    theirs = uniform.terms(LARGE, uniform.plan_layout(LARGE, layers))
+    assert ours.layout != theirs.layout
+    assert explain(ours, theirs) == "chunk.architecture is auto here and uniform there"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,10 @@ def model_term(spec: ModelSpec) -> str:
 
 
 def explain(ours: Terms, theirs: Terms) -> str:
-    """Every difference, each by its key: ``federate.total_round_num is 8 here and 10 there``."""
+    """Every difference, each by its key: ``federate.total_round_num is 8 here and 10 there``.
+
+    A layout is a digest: what else may cut it differently is told once what is known is mended.
+    """
     alike = msgspec.structs.replace(theirs, model=ours.model, layout=ours.layout)
     text = difference(ours, alike)
     for path, key in _KEYS.items():
@@ -56,9 +59,19 @@ def explain(ours: Terms, theirs: Terms) -> str:
     told = [re.sub(r"(^|; )(?:rounds|aggregation)\.", r"\g<1>federate.", text)] if text else []
     if ours.model != theirs.model:
         told.append(_models(ours.model, theirs.model))
-    elif ours.layout != theirs.layout:
-        told.append("chunk.num_chunks or chunk.block_size is another one there")
+    elif ours.layout != theirs.layout and ours.architecture == theirs.architecture:
+        told.append(_layouts(ours.architecture))
     return "; ".join(told)
+
+
+def _layouts(architecture: str) -> str:
+    text = "chunk.num_chunks or chunk.block_size is another one there"
+    if architecture == "uniform":
+        return text
+    return (
+        f"{text}, or chunk.architecture: {architecture} reads the model's layers differently there "
+        "(other releases of its library): uniform at every peer cuts alike whatever they are"
+    )
 
 
 def _models(ours: str, theirs: str) -> str:
