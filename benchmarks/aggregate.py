@@ -26,10 +26,10 @@ from benchmarks.member import Spec, anonymous_bytes, model, peak_memory, weights
 from benchmarks.output import add_json, median, write
 from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.aggregators import FEDAVG, Aggregator, make_aggregator
-from p2pfl_torrent.core.chunking import Layout, TensorSlice, decode_chunk, encode_chunk, plan
+from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, plan
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.tensors import Array, Arrays, ModelHasher, ModelSpec, model_hash
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, model_hash
 from p2pfl_torrent.store import Checkpoints
 from p2pfl_torrent.store.mapped import map_file
 
@@ -88,15 +88,9 @@ def made(shapes: ModelSpec, updates: int, directory: Path) -> Files:
 
 def ours(files: Files, checkpoints: Checkpoints, aggregator: Aggregator = FEDAVG) -> bytes:
     """From chunk files to a checkpoint; the aggregate's hash."""
-    hasher = ModelHasher(files.layout.spec)
     with checkpoints.draft(1) as draft:
-
-        def keep(part: TensorSlice, rows: Array) -> None:
-            draft.put(part, rows)
-            hasher.add(rows)
-
-        aggregate(files.layout, files.sources(), files.read, {}, keep, aggregator=aggregator)
-    return hasher.digest()
+        aggregate(files.layout, files.sources(), files.read, {}, draft.put, aggregator=aggregator)
+        return draft.model_hash()
 
 
 def by_numpy(files: Files, checkpoints: Checkpoints) -> bytes:

@@ -48,6 +48,8 @@ class Draft:
             self._offsets[part.tensor] = offset
             offset += layout.spec.tensors[part.tensor].nbytes
         self._missing = layout.spec.nbytes
+        self._hasher = ModelHasher(layout.spec)
+        self._advance(0, 0)
 
     def put(self, part: TensorSlice, rows: Array) -> None:
         """Write the rows of one slice; each row of the model is to be written once.
@@ -62,27 +64,39 @@ class Draft:
                 f"{tensor.name!r} is {rows.dtype}{rows.shape}, not {tensor.dtype}{shape}"
             )
         row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape and tensor.nbytes else 0
-        place = self._offsets[part.tensor] + part.start * row_bytes
-        write_all(self._file.fileno(), array_bytes(rows), place)
+        begin = part.start * row_bytes
+        write_all(self._file.fileno(), array_bytes(rows), self._offsets[part.tensor] + begin)
         self._missing -= rows.nbytes
+        if (part.tensor, begin) == self._hashed:  # while it is in the cache, if it comes in order
+            self._hasher.add(rows)
+            self._advance(part.tensor, begin + rows.nbytes)
 
     def model_hash(self) -> bytes:
-        """The hash of what was written, read back: a layout need not keep the order of the tensors.
+        """The hash of what was written.
+
+        What came in the order of the tensors was hashed as it came, which a layout need not keep;
+        the rest is read back.
 
         Raises:
             LocalProtocolError: a row is missing.
         """
         self.check_complete()
-        hasher = ModelHasher(self._spec)
-        for index, tensor in enumerate(self._spec.tensors):
-            place, stop = self._offsets[index], self._offsets[index] + tensor.nbytes
-            while place < stop:
-                read = os.pread(self._file.fileno(), min(READ_AT_A_TIME, stop - place), place)
-                if not read:
-                    raise OSError(f"{self._file.name} ends early")
-                hasher.add(np.frombuffer(read, np.uint8))
-                place += len(read)
-        return hasher.digest()
+        while self._hashed[0] < len(self._spec.tensors):
+            index, done = self._hashed
+            count = min(READ_AT_A_TIME, self._spec.tensors[index].nbytes - done)
+            read = os.pread(self._file.fileno(), count, self._offsets[index] + done)
+            if not read:
+                raise OSError(f"{self._file.name} ends early")
+            self._hasher.add(np.frombuffer(read, np.uint8))
+            self._advance(index, done + len(read))
+        return self._hasher.digest()
+
+    def _advance(self, index: int, done: int) -> None:
+        """Note that so many bytes of a tensor have been hashed, and all of those before it."""
+        tensors = self._spec.tensors
+        while index < len(tensors) and done == tensors[index].nbytes:
+            index, done = index + 1, 0
+        self._hashed = index, done
 
     def check_complete(self) -> None:
         """LocalProtocolError unless every row was written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.numpy import load_file
 
-from p2pfl_torrent.core.chunking import TensorSlice
+from p2pfl_torrent.core.chunking import TensorSlice, slice_of
 from p2pfl_torrent.core.errors import LocalProtocolError
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, model_hash
 from p2pfl_torrent.store import Checkpoints, StoreError
@@ -164,6 +165,50 @@ def test_a_draft_of_slices_in_any_order_is_the_same_file(tmp_path: Path) -> None
         draft.put(W_TOP, arrays["w"][:15])
         assert checkpoints.rounds() == [1]  # not there before it is whole
     assert checkpoints.path(2).read_bytes() == whole
+
+
+@given(specs, st.integers(0, 9), st.randoms(use_true_random=False))
+@settings(max_examples=50)
+def test_a_draft_has_the_models_hash_in_whatever_order_it_is_written(
+    tmp_path_factory: pytest.TempPathFactory, spec: ModelSpec, seed: int, random: Random
+) -> None:
+    arrays = finite_arrays(spec, seed)
+    rows = [
+        TensorSlice(index, start, start + 1)
+        for index, tensor in enumerate(spec.tensors)
+        for start in range(tensor.shape[0] if tensor.shape else 1)
+    ]
+    kept = random.randrange(len(rows) + 1)  # in order: all, some or none are hashed as they come
+    rest = rows[kept:]
+    random.shuffle(rest)
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("state"), spec)
+    with checkpoints.draft(1) as draft:
+        for part in rows[:kept] + rest:
+            draft.put(part, slice_of(arrays[spec.tensors[part.tensor].name], part))
+        assert draft.model_hash() == model_hash(spec, arrays)
+
+
+def test_what_is_written_in_order_is_not_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = finite_arrays(SPEC, 1)
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(descriptor: int, count: int, place: int) -> bytes:
+        read.append(count)
+        return pread(descriptor, count, place)
+
+    monkeypatch.setattr(os, "pread", counted)
+    hashes = []
+    for order in ((W_TOP, W_REST, N), (W_TOP, N, W_REST), (N, W_REST, W_TOP)):
+        with Checkpoints(tmp_path, SPEC).draft(2) as draft:
+            for part in order:
+                draft.put(part, slice_of(arrays[SPEC.tensors[part.tensor].name], part))
+            hashes.append(draft.model_hash())
+        read.append(-1)
+    assert read == [-1, 8, -1, 25 * 40, 8, -1]  # bytes of N; of W_REST and N
+    assert set(hashes) == {model_hash(SPEC, arrays)}
 
 
 @pytest.mark.parametrize("rows", [np.zeros((14, 10), np.float32), np.zeros((15, 10))])
