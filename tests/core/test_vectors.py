@@ -17,6 +17,7 @@ import pytest
 
 from p2pfl_torrent.core import messages as m
 from p2pfl_torrent.core.aggregation import average_slice, discount
+from p2pfl_torrent.core.architecture import Architecture, Group, Part, plan_by_architecture
 from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, plan, slice_of
 from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.encoding import decode_file, encode_file
@@ -48,6 +49,7 @@ EXCHANGE = vectors("chunk-exchange")
 AVERAGES = vectors("averages")
 GENESIS = vectors("genesis")
 COMPRESSION = vectors("compression")
+ARCHITECTURE = vectors("architecture")
 
 _MODEL = MANIFEST["model"]
 SPEC = ModelSpec(
@@ -89,6 +91,28 @@ def test_the_model_is_cut_like_this() -> None:
     cut = [[[p.tensor, p.start, p.stop] for p in chunk.slices] for chunk in LAYOUT.chunks]
     assert cut == MANIFEST["layout"]["chunks"]
     assert LAYOUT.digest == MANIFEST["layout"]["digest"]
+
+
+def group(listed: dict[str, Any]) -> Group:
+    members = (
+        group(member) if "members" in member else Part(member["tensor"], member["stacks"])
+        for member in listed["members"]
+    )
+    return Group(listed["kind"], tuple(members), listed["heads"])
+
+
+@pytest.mark.parametrize("case", ARCHITECTURE["cases"], ids=lambda case: case["name"])
+def test_a_model_is_cut_like_this_along_its_architecture(case: dict[str, Any]) -> None:
+    tensors = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in case["tensors"])
+    layout = plan_by_architecture(
+        ModelSpec(tensors, tuple((other, name) for other, name in case["aliases"])),
+        Architecture(case["family"], tuple(map(group, case["groups"]))),
+        num_chunks=case["num_chunks"],
+        block_size=case["block_size"],
+    )
+    cut = [[[p.tensor, p.start, p.stop] for p in chunk.slices] for chunk in layout.chunks]
+    assert cut == case["chunks"]
+    assert layout.digest == case["digest"]
 
 
 def test_the_chunks_are_these_files() -> None:
