@@ -106,6 +106,8 @@ def test_what_is_left_out_is_the_default(tmp_path: Path, text: str) -> None:
         ("{federate: {mode: fragment}, chunk: {delta: true}}", "chunk.delta needs a round's start"),
         ("federate: {mode: neighbour, aggregator: fedadam}", "choose another, or mode: swarm."),
         ("federate: {mode: neighbour, importance_weighting: true}", "has weights of its own"),
+        ("federate: {aggregator: fedmedian}", "federate.client_num of at least 3, not 2"),
+        ("federate: {aggregator: krum}", "which needs federate.client_num of"),
         ("federate: {min_members: 5}", "above federate.client_num (2)"),
         ("network: {listen: [tcp]}", "network.listen: 'tcp' is not of the form"),
         ("network: {bootstrap: [/ip4/1.2.3.4/tcp/1]}", "network.bootstrap"),

@@ -125,6 +125,12 @@ class PeerConfig:
         self._check_topology()
         aggregator = make_aggregator(federate.aggregator, self._aggregation())
         self._check_mode(aggregator)
+        if federate.client_num < aggregator.least:
+            raise ConfigError(
+                f"federate.aggregator is {federate.aggregator}, which needs federate.client_num of "
+                f"at least {aggregator.least}, not {federate.client_num}: of fewer updates nobody "
+                "can say which one lies. Raise that, or use fedavg."
+            )
         if federate.importance_weighting and not aggregator.is_weighted:
             raise ConfigError(
                 f"federate.importance_weighting is on, but {federate.aggregator} has no weights: "

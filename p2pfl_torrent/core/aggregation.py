@@ -87,7 +87,8 @@ def aggregate(
 
     Args:
         sources: chunk index -> versions to merge, in canonical order.
-        start: round-start weights, kept for a chunk that nobody delivered.
+        start: round-start weights, kept for a chunk that nobody delivered, or fewer owners than
+            ``Aggregator.least``.
         keep: called for every slice of the model once, in exchange order; with a server optimizer
             for every slice of ``Aggregator.state_spec``, whose start values ``start`` holds. What
             nobody delivered keeps its moments, too.
@@ -112,6 +113,7 @@ def aggregate(
         merged = scratch.slices(chunk)
         if aggregator.combine is not None:
             versions = _finite(layout, chunk.index, versions, refused)
+            versions = versions if len(versions) >= aggregator.least else []
             _combine_chunk(layout, chunk, versions, merged, aggregator)
         elif not _average_chunk(layout, chunk, versions, merged, scratch):
             versions = _finite(layout, chunk.index, versions, refused)

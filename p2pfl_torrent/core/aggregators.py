@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.robust import Distances, Matrix, krum_ranking, trimmed_mean
+from p2pfl_torrent.core.robust import LEAST_OWNERS, Distances, Matrix, krum_ranking, trimmed_mean
 from p2pfl_torrent.core.server_optimizers import ServerOptimizer, state_spec, with_moments
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
 
@@ -57,6 +57,8 @@ class Aggregator:
         combine: a coordinate-wise rule; None: the weighted mean. Its result must not depend on
             how elements are cut into tiles, and be the same bits on every machine.
         choose: owners by trust, best first, others excluded; for unweighted ones only.
+        least: owners without which it has nothing to go by. A chunk of which fewer than these
+            versions came keeps its round-start value; with ``choose``, that rule sees to it.
         believed: how many of these go into a chunk, of those that delivered it; None: all.
         optimizer: turns the merged values into a step of its own.
     """
@@ -65,6 +67,7 @@ class Aggregator:
     is_weighted: bool = True
     combine: Combine | None = None
     choose: Callable[[Distances], list[PeerId]] | None = None
+    least: int = 1
     believed: int | None = None
     optimizer: ServerOptimizer | None = None
 
@@ -92,14 +95,20 @@ FEDAVG = Aggregator("fedavg")
 
 def _median(terms: AggregationTerms) -> Aggregator:
     return Aggregator(
-        "fedmedian", is_weighted=False, combine=lambda values, _: trimmed_mean(values, 0.5)
+        "fedmedian",
+        is_weighted=False,
+        combine=lambda values, _: trimmed_mean(values, 0.5),
+        least=LEAST_OWNERS,
     )
 
 
 def _trimmed(terms: AggregationTerms) -> Aggregator:
     share = terms.trim_share
     return Aggregator(
-        "trimmed_mean", is_weighted=False, combine=lambda values, _: trimmed_mean(values, share)
+        "trimmed_mean",
+        is_weighted=False,
+        combine=lambda values, _: trimmed_mean(values, share),
+        least=LEAST_OWNERS,
     )
 
 
@@ -109,6 +118,7 @@ def _krum(name: str, believed: int | None) -> Factory:
             name,
             is_weighted=False,
             choose=lambda distances: krum_ranking(distances, terms.byzantine),
+            least=LEAST_OWNERS,
             believed=believed,
         )
 

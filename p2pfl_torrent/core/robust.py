@@ -20,17 +20,20 @@ from p2pfl_torrent.core.tiles import floats, mean_of_doubles
 Matrix = npt.NDArray[np.float64]
 """(versions, elements): the finite values of every version of a tile."""
 
+LEAST_OWNERS = 3  # of two, nobody can say which one lies
 PAIR_TILE = 1 << 16  # elements of a difference at a time; a power of two, as it is folded
 
 
 def trimmed_mean(values: Matrix, share: float) -> npt.NDArray[np.float64]:
-    """Mean of each column without its floor(share * n) largest and as many smallest values.
+    """Mean of each column without its ceil(share * n) largest and as many smallest values.
 
-    Coordinate-wise and unweighted (Yin et al. 2018). At least the middle one or two stay, so a
+    Coordinate-wise and unweighted (Yin et al. 2018, rounded up: where versions are missing, a
+    share that cut someone would else cut nobody). At least the middle one or two stay, so a
     share of 0.5 is the median, the mean of the middle two where n is even.
     """
     count = len(values)
-    cut = min(int(share * count), (count - 1) // 2)
+    # Less a little: 0.1 * 30 is above 3 in binary.
+    cut = min(math.ceil(share * count - 1e-9), (count - 1) // 2)
     ordered = np.sort(values, axis=0)[cut : count - cut]
     result = np.empty(values.shape[1], np.float64)
     mean_of_doubles([(1.0, row) for row in ordered], result, np.empty_like(result))
@@ -105,13 +108,19 @@ def _folded(values: npt.NDArray[np.float64]) -> float:
 
 
 def krum_ranking(distances: Distances, byzantine: int) -> list[PeerId]:
-    """Owners by Krum's score, best first: the n - f of n whom one may believe.
+    """Owners by Krum's score, best first: at most the n - f of n whom one may believe.
 
     A score is the sum of an owner's n - f - 2 smallest squared distances to others (Blanchard et
     al. 2017), of the smallest one at least; equal scores go by owner. Its guarantee needs
     n >= 2f + 3: with fewer owners the best are still taken, and at least one.
+
+    Who shares chunks with too few others has no score and is not believed. If that leaves fewer
+    than n - f, or n is below ``LEAST_OWNERS``, nobody is: a liar who delivers everything would be
+    the one that can be compared.
     """
     owners = sorted(distances.owners)
+    if len(owners) < LEAST_OWNERS:
+        return []
     nearest = max(1, len(owners) - byzantine - 2)
     scored = []
     for owner in owners:
@@ -119,5 +128,9 @@ def krum_ranking(distances: Distances, byzantine: int) -> list[PeerId]:
         score = 0.0
         for distance in others[:nearest]:
             score += distance
-        scored.append((score, owner))
-    return [owner for _, owner in sorted(scored)][: max(1, len(owners) - byzantine)]
+        if math.isfinite(score):
+            scored.append((score, owner))
+    believed = max(1, len(owners) - byzantine)
+    if len(scored) < believed:
+        return []
+    return [owner for _, owner in sorted(scored)][:believed]

@@ -25,7 +25,7 @@ from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError
 from p2pfl_torrent.core.events import CloseRound, Count, Fill
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.robust import squared_distance
+from p2pfl_torrent.core.robust import squared_distance, trimmed_mean
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
 from tests.core.small_ledgers import WORLD, update
 from tests.core.small_models import same_bits
@@ -99,12 +99,12 @@ def test_medians_and_trimmed_means_are_numpys(mask: list[list[bool]], seed: int)
     for k in range(len(LAYOUT.chunks)):
         here = rows_of(k)
         there = [np.float64(u[here]) for u, m in zip(updates, mask, strict=True) if m[k]]
-        if not there:
+        if len(there) < 3:
             assert same_bits(median[here], START[here])
             assert same_bits(trimmed[here], START[here])
             continue
         np.testing.assert_allclose(median[here], np.median(there, axis=0), rtol=1e-6)
-        cut = min(int(0.3 * len(there)), (len(there) - 1) // 2)
+        cut = min(math.ceil(0.3 * len(there) - 1e-9), (len(there) - 1) // 2)
         kept = np.sort(there, axis=0)[cut : len(there) - cut]
         np.testing.assert_allclose(trimmed[here], kept.mean(axis=0), rtol=1e-6, atol=1e-7)
 
@@ -134,6 +134,8 @@ def test_krum_believes_those_who_are_closest(
 def _krum(updates: list[Floats], mask: list[list[bool]], byzantine: int) -> list[int]:
     """Krum as the paper has it, over the part of the model that two share."""
     owners = [i for i, held in enumerate(mask) if any(held)]
+    if len(owners) < 3:
+        return []
     delivered = sum(
         START[rows_of(k)].size for k in range(len(LAYOUT.chunks)) if any(m[k] for m in mask)
     )
@@ -146,7 +148,52 @@ def _krum(updates: list[Floats], mask: list[list[bool]], byzantine: int) -> list
 
     nearest = max(1, len(owners) - byzantine - 2)
     scores = {i: sum(sorted(distance(i, j) for j in owners if j != i)[:nearest]) for i in owners}
-    return sorted(owners, key=lambda i: (scores[i], i))[: max(1, len(owners) - byzantine)]
+    ranked = sorted((i for i in owners if scores[i] < math.inf), key=lambda i: (scores[i], i))
+    believed = max(1, len(owners) - byzantine)
+    return ranked[:believed] if len(ranked) >= believed else []
+
+
+@pytest.mark.parametrize("name", ["krum", "multi_krum"])
+def test_who_delivers_everything_is_not_believed_for_that(name: str) -> None:
+    spec = ModelSpec((TensorSpec("w", "F32", (8, 3)),))
+    layout = plan(spec, num_chunks=8, block_size=64)
+    liar = np.full((8, 3), 1000.0, np.float32)
+    honest = np.ones((8, 3), np.float32)
+    by_name: dict[bytes, Array] = dict.fromkeys((b"0", b"1", b"2", b"3"), honest)
+    sources: dict[int, list[Source]] = {
+        k: [
+            (PeerId("abcd"[k // 2]), UpdateId(str(k // 2).encode()), 1.0),
+            (PeerId("z"), UpdateId(b"z"), 1.0),
+        ]
+        for k in range(8)
+    }
+    start, out = np.zeros((8, 3), np.float32), np.empty((8, 3), np.float32)
+
+    def keep(part: TensorSlice, rows: Array) -> None:
+        slice_of(out, part)[...] = rows
+
+    def read(update: UpdateId, chunk: int) -> bytes:
+        return encode_chunk(layout, chunk, {"w": by_name.get(update, liar)})
+
+    aggregate(layout, sources, read, {"w": start}, keep, aggregator=make_aggregator(name))
+    assert same_bits(out, start)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "cut"), [(4, 0.2, 1), (5, 0.2, 1), (6, 0.2, 2), (30, 0.1, 3), (9, 0.0, 0)]
+)
+def test_a_trim_is_rounded_up(count: int, share: float, cut: int) -> None:
+    column = np.arange(count, dtype=np.float64)[:, None] ** 2
+    merged = trimmed_mean(column, share)
+    assert merged[0] == pytest.approx(column[cut : count - cut].mean())
+
+
+@pytest.mark.parametrize("name", UNWEIGHTED)
+def test_of_two_versions_nobody_can_say_which_one_lies(name: str) -> None:
+    liar = np.full((ROWS, 3), -1000.0, np.float32)
+    merged, result = merge([values(1, 4)[0], liar], everything(2), make_aggregator(name))
+    assert same_bits(merged, START)
+    assert result.untouched == len(LAYOUT.chunks)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -213,16 +260,17 @@ def test_a_missing_chunk_may_count_as_the_rounds_start() -> None:
 
 
 def test_an_owner_with_a_late_and_a_new_update_has_one_voice() -> None:
-    old, new, other = values(3, 8)
+    old, new, other, third = values(4, 8)
     sources: dict[int, list[Source]] = {
         k: [
             (PeerId("a"), UpdateId(b"0"), 1.0),
             (PeerId("a"), UpdateId(b"1"), 1.0),
             (PeerId("b"), UpdateId(b"2"), 1.0),
+            (PeerId("c"), UpdateId(b"3"), 1.0),
         ]
         for k in range(len(LAYOUT.chunks))
     }
-    by_name = {b"0": old, b"1": new, b"2": other}
+    by_name = {b"0": old, b"1": new, b"2": other, b"3": third}
     out = np.empty_like(START)
 
     def keep(part: TensorSlice, rows: Array) -> None:
@@ -232,7 +280,7 @@ def test_an_owner_with_a_late_and_a_new_update_has_one_voice() -> None:
         return encode_chunk(LAYOUT, chunk, {"w": by_name[update]})
 
     aggregate(LAYOUT, sources, read, {"w": START}, keep, aggregator=make_aggregator("fedmedian"))
-    np.testing.assert_allclose(out, (np.float64(new) + other) / 2, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(out, np.median([new, other, third], axis=0), rtol=1e-6)
 
 
 def test_integers_of_unweighted_rules_take_the_lower_median() -> None:
