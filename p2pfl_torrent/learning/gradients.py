@@ -17,29 +17,25 @@ callback reads what is there. Ranks of snip, and of fisher, do not depend on a c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.importance import Moments
-from p2pfl_torrent.learning.wrappers import unwrapping
+from p2pfl_torrent.learning.samples import Loss, Samples, Weights
+from p2pfl_torrent.learning.wrappers import unwrapping, without_wrappers
 
 EVERY = {"magnitude": 64, "snip": 32, "fisher": 8}
 """Steps between two that are looked at, per method: each keeps its cost below its share."""
 
 STEPS_PER_SAMPLE = 6  # of training, for each per-sample gradient: that is what these may cost
 LEAST_SAMPLES = 8
-SAMPLES_AT_A_TIME = 8  # per-sample gradients held at once: eight models' worth of memory
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(model output of a batch, targets) -> scalar mean loss, as ``torch.nn.functional`` has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +55,7 @@ class _Piece:
 class _Tracked:
     """One parameter and its sums of the round, all on its device; None before the first step."""
 
-    name: str  # as the model has it
+    name: str  # as the model without wrappers has it
     parameter: nn.Parameter
     pieces: list[_Piece] = field(default_factory=list)
     steps: torch.Tensor | None = None  # that count: 0-d, float64
@@ -70,8 +66,8 @@ class _Tracked:
 class HookedOptimizer(Protocol):
     """What is asked of an optimizer: torch's have it, and the built-in recipes'."""
 
-    def register_step_pre_hook(self, hook: Callable[..., None]) -> object:
-        """Call the hook before every step."""
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> object:
+        """Call the hook before every step; as torch's, it may return other arguments of it."""
 
 
 class GradientStats:
@@ -79,7 +75,8 @@ class GradientStats:
 
     Args:
         model: the peer's model.
-        optimizer: statistics are taken before its steps. Without one, call ``on_before_step`` after
+        optimizer: statistics are taken before its steps; of a step that is given a closure, after
+            the closure has run, its first time. Without an optimizer, call ``on_before_step`` after
             every ``backward`` and before the step, as from a framework's callback.
         loss: with ``samples``, fisher uses per-sample gradients, and snip can use a batch of its
             own (``use_cached: false``).
@@ -104,14 +101,13 @@ class GradientStats:
             raise ConfigError("GradientStats needs loss= and samples= together, or neither.")
         if samples is not None and (len(samples[0]) != len(samples[1]) or not len(samples[0])):
             raise ConfigError("GradientStats: samples= must be as many inputs as targets, not 0.")
-        self._model = model
-        self._loss = loss
-        self._samples = samples
-        self._next_sample = 0
+        self._model = without_wrappers(model)
+        self._samples: Samples | None = None
+        if loss is not None and samples is not None:
+            self._samples = Samples(model, loss, *samples)
         self._method = ""
         self._hooked = False  # whether training is looked at
-        self._has_seen = False  # whether a gradient of what is exchanged ever came by
-        self._sees = False  # likewise, since the round began
+        self._sees = False  # whether a gradient of what is exchanged came by since the round began
         self._tracked: list[_Tracked] = []
         self._chunks = 0
         self._step = 0
@@ -125,6 +121,15 @@ class GradientStats:
     def has_samples(self) -> bool:
         """Whether gradients can be computed apart from the user's training."""
         return self._samples is not None
+
+    def try_samples(self, method: str) -> None:
+        """Take the gradient of one sample, if there are some, as "snip" or "fisher" will.
+
+        Raises:
+            ConfigError: it cannot be had of this model.
+        """
+        if self._samples is not None:
+            self._samples.try_one(method)
 
     def watch(
         self,
@@ -166,8 +171,32 @@ class GradientStats:
 
     # --- while the user trains ---------------------------------------------------------------
 
-    def _before_step(self, *_: object) -> None:
-        self.on_before_step()
+    def _before_step(
+        self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Look now, or at what a closure leaves: the gradients of its step are not there before."""
+        by_place = len(args) > 1  # the first is the optimizer
+        closure = args[1] if by_place else kwargs.get("closure")
+        if not callable(closure):
+            self.on_before_step()
+            return None
+        if by_place:
+            return (args[0], self._looking(closure), *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._looking(closure)}
+
+    def _looking(self, closure: Callable[[], object]) -> Callable[[], object]:
+        """A closure that looks at the gradients the first time that it was called."""
+        has_looked = False
+
+        def looking() -> object:
+            nonlocal has_looked
+            loss = closure()
+            if not has_looked:
+                has_looked = True
+                self.on_before_step()
+            return loss
+
+        return looking
 
     @torch.no_grad()
     def on_before_step(self, *_: object) -> None:
@@ -177,11 +206,13 @@ class GradientStats:
             return
         if self._method == "fisher" and step // EVERY["fisher"] >= self._max_steps:
             return
-        for entry in self._tracked:
-            gradient = entry.parameter.grad
-            if gradient is not None:
-                self._sees = self._has_seen = True
-                self._take(entry, gradient.to_dense() if gradient.is_sparse else gradient)
+        found = [(each, g) for each in self._tracked if (g := each.parameter.grad) is not None]
+        if not found:
+            self._step = step  # the next one has its turn
+            return
+        self._sees = True
+        for entry, gradient in found:
+            self._take(entry, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _take(self, entry: _Tracked, gradient: torch.Tensor) -> None:
         if self._method == "fisher":
@@ -224,7 +255,7 @@ class GradientStats:
         is after a round without a step, here and for the other methods.
 
         Raises:
-            ConfigError: no gradient ever came by.
+            ConfigError: no gradient came by since ``watch``.
         """
         if self._is_new(round):
             sums = self._summed(3)
@@ -240,11 +271,12 @@ class GradientStats:
             use_cached: the gradient of a step of the user's training; else one on ``samples``.
 
         Raises:
-            ConfigError: training is looked at, and no gradient ever came by.
+            ConfigError: training is looked at, and no gradient came by since ``watch``; or none can
+                be had of the samples.
         """
         if self._is_new(round):
             if not use_cached:
-                self._gradient_of_samples(batch_size)
+                self._take_batch(batch_size)
             self._scored_now(round, [_mean(*each) for each in self._summed(1)])
         return self._scores()
 
@@ -259,17 +291,40 @@ class GradientStats:
                 each ``STEPS_PER_SAMPLE`` steps of the round's training, where steps are seen.
 
         Raises:
-            ConfigError: training is looked at, and no gradient ever came by.
+            ConfigError: training is looked at, and no gradient came by since ``watch``; or none can
+                be had of the samples.
         """
         if self._is_new(round):
             if self._samples is not None:
                 if self._step:
                     afforded = max(LEAST_SAMPLES, self._step // STEPS_PER_SAMPLE)
                     num_samples = min(num_samples, afforded)
-                self._square_gradients_of_samples(num_samples)
+                self._take_samples(num_samples)
             self._root(damping)
             self._scored_now(round, [_mean(*each) for each in self._summed(1)])
         return self._scores()
+
+    def _weights(self) -> Weights:
+        return {entry.name: entry.parameter for entry in self._tracked}
+
+    @torch.no_grad()
+    def _take_batch(self, count: int) -> None:
+        assert self._samples is not None
+        self._forget()
+        found = self._samples.of_batch(self._weights(), count)
+        for entry in self._tracked:
+            if entry.name in found:
+                self._take(entry, found[entry.name])
+
+    @torch.no_grad()
+    def _take_samples(self, count: int) -> None:
+        assert self._samples is not None
+        self._forget()
+        for found in self._samples.of_each(self._weights(), count):
+            for entry in self._tracked:
+                if entry.name in found:
+                    square = _wide(found[entry.name]).square()
+                    self._add_squares(entry, square.sum(0), len(square))
 
     def _is_new(self, round: int) -> bool:
         """Whether a round is to be scored, not answered from what was scored before."""
@@ -277,14 +332,14 @@ class GradientStats:
             return False
         if not self._hooked:
             return True
-        if not self._has_seen:
-            self._step = 0  # the next one is looked at
+        if not self._sees and self._scored is None:
             raise ConfigError(
                 f"Importance by {self._method} needs gradients, but GradientStats saw none of the "
                 "weights that are exchanged: make it of the model and the optimizer that are "
-                "trained, or call its on_before_step() between backward() and the step."
+                "trained, or call its on_before_step() between backward() and the step (in a "
+                "closure, after backward())."
             )
-        return self._sees or self._scored is None
+        return self._sees
 
     def _scored_now(self, round: int, scores: list[float]) -> None:
         self._scored = round, scores
@@ -332,77 +387,6 @@ class GradientStats:
         self._step, self._sees = 0, False
         for entry in self._tracked:
             entry.steps = entry.sums = entry.squares = None
-
-    # --- gradients of the samples handed over ------------------------------------------------
-
-    def _next(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._samples is not None
-        inputs, targets = self._samples
-        index = (torch.arange(min(count, len(inputs))) + self._next_sample) % len(inputs)
-        self._next_sample = int(index[-1] + 1) % len(inputs)
-        device = next((entry.parameter.device for entry in self._tracked), inputs.device)
-        return (
-            inputs[index.to(inputs.device)].to(device),
-            targets[index.to(targets.device)].to(device),
-        )
-
-    def _trainable(self) -> dict[str, torch.Tensor]:
-        return {
-            entry.name: entry.parameter for entry in self._tracked if entry.parameter.requires_grad
-        }
-
-    def _gradient_of_samples(self, count: int) -> None:
-        assert self._loss is not None
-        inputs, targets = self._next(count)
-        trainable = self._trainable()
-        with _evaluating(self._model), torch.enable_grad():
-            loss = self._loss(self._model(inputs), targets)
-            found = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        gradients = dict(zip(trainable, found, strict=True))
-        self._forget()
-        with torch.no_grad():
-            for entry in self._tracked:
-                gradient = gradients.get(entry.name)
-                if gradient is not None:
-                    self._take(entry, gradient)
-
-    def _square_gradients_of_samples(self, count: int) -> None:
-        """Per-sample gradients by ``torch.func``, squared and summed, some samples at a time."""
-        inputs, targets = self._next(count)
-        trainable = {name: weight.detach() for name, weight in self._trainable().items()}
-
-        def loss_of_one(
-            weights: Mapping[str, torch.Tensor], one: torch.Tensor, target: torch.Tensor
-        ) -> torch.Tensor:
-            assert self._loss is not None
-            output = functional_call(self._model, dict(weights), (one.unsqueeze(0),))
-            return self._loss(output, target.unsqueeze(0))
-
-        per_sample = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
-        with _evaluating(self._model):
-            for begin in range(0, len(inputs), SAMPLES_AT_A_TIME):
-                some = slice(begin, begin + SAMPLES_AT_A_TIME)
-                found = per_sample(trainable, inputs[some], targets[some])
-                for entry in self._tracked:
-                    if entry.name not in found:
-                        continue
-                    square = _wide(found[entry.name]).square()
-                    self._add_squares(entry, square.sum(0), len(square))
-
-
-class _evaluating:  # noqa: N801 - used as a function
-    """A model in evaluation mode: one sample has no batch statistics, and none may be changed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [module for module in model.modules() if module.training]
-
-    def __enter__(self) -> None:
-        for module in self._modules:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._modules:
-            module.training = True
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

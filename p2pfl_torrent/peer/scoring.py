@@ -37,6 +37,9 @@ class Gradients(Protocol):
     def has_samples(self) -> bool:
         """Whether it can compute gradients of its own."""
 
+    def try_samples(self, method: str) -> None:
+        """Raise ConfigError if the samples, where there are some, are of no use to the method."""
+
     def watch(
         self,
         layout: Layout,
@@ -74,7 +77,7 @@ def chosen_method(
     """The configured method; for ``auto``, the one for this model and what was handed over.
 
     Raises:
-        ConfigError: it needs what the user did not hand over.
+        ConfigError: it needs what the user did not hand over, or its samples are of no use.
     """
     method: ChosenMethod
     if config.importance_method != "auto":
@@ -84,17 +87,28 @@ def chosen_method(
     else:
         method = BY_FAMILY.get(config.architecture, BY_FAMILY[architecture.family])
     _check_gradients(config, method, gradients)
+    if gradients is not None:
+        for each in _needing(config, method):
+            if each == "fisher" or (
+                each == "snip" and not config.importance_config.snip.use_cached
+            ):
+                gradients.try_samples(each)
     return method
+
+
+def _needing(config: ChunkSection, method: ChosenMethod) -> list[str]:
+    """The methods by gradients that a method is or uses."""
+    methods: list[str] = [method]
+    if method == "adaptive":
+        adaptive = config.importance_config.adaptive
+        methods = [adaptive.early, adaptive.late]
+    return [each for each in methods if each in GRADIENT_METHODS]
 
 
 def _check_gradients(
     config: ChunkSection, method: ChosenMethod, gradients: Gradients | None
 ) -> None:
-    methods: list[str] = [method]
-    if method == "adaptive":
-        adaptive = config.importance_config.adaptive
-        methods = [adaptive.early, adaptive.late]
-    needing = [each for each in methods if each in GRADIENT_METHODS]
+    needing = _needing(config, method)
     if needing and gradients is None:
         by = f" (which uses {needing[0]})" if method == "adaptive" else ""
         raise ConfigError(
@@ -115,6 +129,9 @@ class ImportanceScorer:
     Args:
         method: as ``chosen_method`` has it.
         gradients: watched from now on, where the method needs them.
+
+    Raises:
+        ConfigError: the method needs gradients that are not given.
     """
 
     def __init__(
@@ -125,6 +142,7 @@ class ImportanceScorer:
         rng: random.Random,
         gradients: Gradients | None,
     ) -> None:
+        _check_gradients(config, method, gradients)
         self._settings = config.importance_config
         self._layout = layout
         self._rng = rng
@@ -139,8 +157,9 @@ class ImportanceScorer:
 
     def _use(self, method: PlainMethod) -> None:
         self.method: PlainMethod = method
-        if self._gradients is None or method not in GRADIENT_METHODS:
+        if method not in GRADIENT_METHODS:
             return
+        assert self._gradients is not None  # the constructor has refused it
         self._gradients.watch(
             self._layout,
             method,
@@ -182,8 +201,9 @@ class ImportanceScorer:
             )
         if self.method == "delta":
             return rank(delta_scores(layout, arrays, start()))
-        if self.method == "change" or self._gradients is None:
+        if self.method == "change":
             return rank(change_scores(layout, arrays, last))
+        assert self._gradients is not None  # the constructor has refused it
         return rank(self._by_gradients(self._gradients, round))
 
     def _by_gradients(self, gradients: Gradients, round: int) -> list[float]:

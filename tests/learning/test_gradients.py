@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from p2pfl_torrent.core.chunking import Layout, plan
 from p2pfl_torrent.core.errors import ConfigError
@@ -344,3 +345,137 @@ def test_half_of_what_samples_need_is_refused() -> None:
         GradientStats(network(), loss=nn.functional.cross_entropy)
     with pytest.raises(ConfigError, match="as many inputs as targets"):
         GradientStats(network(), loss=nn.functional.cross_entropy, samples=(data(3)[0], data(2)[1]))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", ["SGD", "LBFGS"])
+def test_a_step_with_a_closure_is_looked_at_once_after_it(kind: str, by_name: bool) -> None:
+    model = network()
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01)
+    stats = GradientStats(model, optimizer)
+    layout = layout_of(model)
+    stats.watch(layout, "snip", history_window=1, max_steps=9, from_samples=False)
+    inputs, targets = data(10)
+    products: list[dict[str, np.ndarray]] = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        named = model.named_parameters()
+        products.append({n: (w.grad * w).abs().detach().numpy() for n, w in named})  # type: ignore[operator]
+        return loss  # type: ignore[return-value]  # as torch's own examples do
+
+    if by_name:
+        optimizer.step(closure=closure)
+    else:
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    assert len(products) > 1 if kind == "LBFGS" else len(products) == 1
+    scores = stats.snip(1, batch_size=1, use_cached=True)
+    assert scores == pytest.approx(per_chunk(layout, products[0]), rel=1e-9)
+
+
+def test_a_step_without_any_gradient_leaves_its_turn_to_the_next() -> None:
+    model = network()
+    stats, optimizer = watching(model, "snip")
+    optimizer.step()
+    [seen] = train(model, optimizer, 1)
+    products = {n: np.abs(g * seen["w:" + n]) for n, g in seen.items() if not n.startswith("w:")}
+    scores = stats.snip(1, batch_size=1, use_cached=True)
+    assert scores == pytest.approx(per_chunk(layout_of(model), products), rel=1e-9)
+
+
+def test_another_method_that_saw_no_gradient_says_so_too() -> None:
+    model = network()
+    stats, optimizer = watching(model, "snip")
+    train(model, optimizer, 1)
+    stats.snip(1, batch_size=1, use_cached=True)
+    stats.watch(layout_of(model), "fisher", history_window=1, max_steps=9, from_samples=False)
+    with pytest.raises(ConfigError, match="saw none of the weights"):
+        stats.fisher(2, num_samples=1, damping=0.0)
+
+
+def of_samples(model: nn.Module, method: str) -> list[float]:
+    loss = nn.functional.cross_entropy
+    stats = GradientStats(model, loss=loss, samples=data(9))
+    stats.try_samples(method)
+    from_samples = method == "snip"
+    stats.watch(layout_of(model), method, history_window=1, max_steps=9, from_samples=from_samples)
+    if method == "snip":
+        return stats.snip(1, batch_size=9, use_cached=False)
+    return stats.fisher(1, num_samples=9, damping=0.0)
+
+
+class Branching(nn.Linear):
+    """Looks at values in forward, which torch.func.vmap does not allow."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input if input.sum().item() > 0 else -input)
+
+
+class Recomputed(nn.Linear):
+    """Under activation checkpointing."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(super().forward, input, use_reentrant=False)
+        return result
+
+
+class Stubborn(nn.BatchNorm1d):
+    """In training whatever it is told."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.training = True
+        return super().forward(input)
+
+
+class Counting(nn.Linear):
+    """Moves a buffer at every call."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("model", [Branching(6, 3), Recomputed(6, 3), Stubborn(6)])
+def test_a_model_that_vmap_cannot_take_says_what_to_do(model: nn.Module) -> None:
+    stats = GradientStats(model.double(), loss=nn.functional.cross_entropy, samples=data(9))
+    with pytest.raises(ConfigError, match="leave out its loss= and samples=") as caught:
+        stats.try_samples("fisher")
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_that_do_not_fit_the_model_say_what_to_do() -> None:
+    stats = GradientStats(nn.Linear(7, 3), loss=nn.functional.cross_entropy, samples=data(9))
+    with pytest.raises(ConfigError, match="snip.use_cached true"):
+        stats.try_samples("snip")
+
+
+@pytest.mark.parametrize("method", ["snip", "fisher"])
+def test_samples_go_around_wrappers_and_move_no_buffer(method: str) -> None:
+    model = Counting(6, 3).double()
+    expected = of_samples(copy.deepcopy(model), method)
+    assert any(expected)
+    assert of_samples(nn.DataParallel(model), method) == expected
+    assert model.calls == 0
+
+
+def test_no_wrapped_model_is_called_for_samples() -> None:
+    class DataParallel(nn.Module):  # goes by this name
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = network()
+
+    for method in ("snip", "fisher"):
+        assert of_samples(DataParallel(), method) == of_samples(network(), method)
+
+
+@pytest.mark.parametrize("method", ["snip", "fisher"])
+def test_a_frozen_model_scores_nothing(method: str) -> None:
+    model = network().requires_grad_(False)
+    assert not any(of_samples(model, method))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import nn
 
 from p2pfl_torrent import AsyncPeer, ConfigError, GradientStats, Peer, PeerConfig
 from p2pfl_torrent.core.architecture import Architecture, Family
+from p2pfl_torrent.core.chunking import plan
 from p2pfl_torrent.core.importance import rank
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport
-from p2pfl_torrent.peer.scoring import chosen_method
+from p2pfl_torrent.learning.state import describe
+from p2pfl_torrent.peer.scoring import ImportanceScorer, chosen_method
 from tests.peer.swarms import NUM_CHUNKS, Member, all_done, config, identities, swarm, until
 
 
@@ -35,6 +38,24 @@ def test_snip_on_a_batch_of_its_own_needs_data() -> None:
     )
     with pytest.raises(ConfigError, match="use_cached is false"):
         Peer(settings, nn.Linear(8, 8), gradients=GradientStats(nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize("method", ["fisher", "snip", "adaptive"])
+def test_samples_that_the_model_cannot_take_are_told_when_the_peer_is_made(method: str) -> None:
+    settings = PeerConfig().with_values(
+        chunk__importance_method=method, chunk__importance_config__snip__use_cached=False
+    )
+    model = nn.Linear(8, 8)
+    samples = torch.zeros(4, 9), torch.zeros(4, 8)
+    stats = GradientStats(model, loss=nn.functional.mse_loss, samples=samples)
+    with pytest.raises(ConfigError, match="cannot take gradients of its samples"):
+        Peer(settings, model, gradients=stats)
+
+
+def test_a_scorer_by_gradients_is_not_made_without_them() -> None:
+    layout = plan(describe(nn.Linear(8, 8)), num_chunks=2, block_size=4096)
+    with pytest.raises(ConfigError, match="give the Peer gradient statistics"):
+        ImportanceScorer(PeerConfig().chunk, "snip", layout, random.Random(1), None)
 
 
 class Nothing:
