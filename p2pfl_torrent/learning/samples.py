@@ -106,7 +106,8 @@ class Samples:
         with _in_one_sentence("snip"), _evaluating(self._model), torch.enable_grad():
             loss = self._loss_of({}, inputs, targets)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        return {name: g for name, g in zip(weights, found, strict=True) if g is not None}
+        pairs: list[tuple[str, torch.Tensor | None]] = list(zip(weights, found, strict=True))
+        return {name: gradient for name, gradient in pairs if gradient is not None}
 
     def _of_each(self, weights: Weights, inputs: torch.Tensor, targets: torch.Tensor) -> Weights:
         """By ``torch.func``, in one pass over all of these samples."""

@@ -410,36 +410,38 @@ def of_samples(model: nn.Module, method: str) -> list[float]:
 class Branching(nn.Linear):
     """Looks at values in forward, which torch.func.vmap does not allow."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input if input.sum().item() > 0 else -input)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.sum().item() > 0 else -x)
 
 
 class Recomputed(nn.Linear):
     """Under activation checkpointing."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = checkpoint(super().forward, input, use_reentrant=False)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(super().forward, x, use_reentrant=False)
         return result
 
 
 class Stubborn(nn.BatchNorm1d):
     """In training whatever it is told."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.training = True
-        return super().forward(input)
+        return super().forward(x)
 
 
 class Counting(nn.Linear):
     """Moves a buffer at every call."""
 
+    calls: torch.Tensor
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
         self.register_buffer("calls", torch.zeros(1))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return super().forward(input)
+        return super().forward(x)
 
 
 @pytest.mark.parametrize("model", [Branching(6, 3), Recomputed(6, 3), Stubborn(6)])
@@ -452,7 +454,7 @@ def test_a_model_that_vmap_cannot_take_says_what_to_do(model: nn.Module) -> None
 
 def test_samples_that_do_not_fit_the_model_say_what_to_do() -> None:
     stats = GradientStats(nn.Linear(7, 3), loss=nn.functional.cross_entropy, samples=data(9))
-    with pytest.raises(ConfigError, match="snip.use_cached true"):
+    with pytest.raises(ConfigError, match=r"snip\.use_cached true"):
         stats.try_samples("snip")
 
 

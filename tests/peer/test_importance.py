@@ -64,6 +64,9 @@ class Nothing:
     def __init__(self, *, has_samples: bool = False) -> None:
         self.has_samples = has_samples
 
+    def try_samples(self, method: str) -> None:
+        pass
+
 
 def method_of(family: Family | None, *, given: bool = True, **values: object) -> str:
     """The method that ``auto``, which is the default, chooses."""
