@@ -112,8 +112,6 @@ class Samples:
     def _of_each(self, weights: Weights, inputs: torch.Tensor, targets: torch.Tensor) -> Weights:
         """By ``torch.func``, in one pass over all of these samples."""
         trainable = {name: weight.detach() for name, weight in _trainable(weights).items()}
-        if not trainable:
-            return {}
 
         def loss_of_one(weights: Weights, one: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return self._loss_of(weights, one.unsqueeze(0), target.unsqueeze(0))

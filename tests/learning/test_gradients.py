@@ -376,6 +376,29 @@ def test_a_step_with_a_closure_is_looked_at_once_after_it(kind: str, by_name: bo
     assert scores == pytest.approx(per_chunk(layout, products[0]), rel=1e-9)
 
 
+def test_of_a_closure_that_is_called_many_times_only_the_first_is_looked_at() -> None:
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=20)
+    stats = GradientStats(model, optimizer)
+    layout = layout_of(model)
+    stats.watch(layout, "fisher", history_window=1, max_steps=9, from_samples=False)
+    inputs, targets = data(10)
+    absolute: list[dict[str, np.ndarray]] = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        named = model.named_parameters()
+        absolute.append({n: w.grad.abs().numpy() for n, w in named})  # type: ignore[union-attr]
+        return loss.item()
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    assert len(absolute) > EVERY["fisher"]
+    scores = stats.fisher(1, num_samples=9, damping=0.0)
+    assert scores == pytest.approx(per_chunk(layout, absolute[0]), rel=1e-9)
+
+
 def test_a_step_without_any_gradient_leaves_its_turn_to_the_next() -> None:
     model = network()
     stats, optimizer = watching(model, "snip")
