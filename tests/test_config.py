@@ -226,7 +226,7 @@ def test_every_genesis_key_changes_what_peers_must_share_and_no_local_one_does()
         "federate.server_tau": 0.01, "federate.importance_weighting": True,
         "bittorrent.fill": "renormalise", "bittorrent.fill_decay": 0.5,
         "bittorrent.critical_share": 0.5,
-        "federate.mode": "neighbour", "topology.redraw": 3,
+        "federate.mode": "neighbour", "topology.redraw": 3, "federate.overlap": True,
         "storage.state_dir": "s", "storage.run_dir": "r", "storage.keep_rounds": 5,
     }  # fmt: skip
     base = PeerConfig().with_values(federate__client_num=4, federate__min_members=2)

@@ -40,6 +40,7 @@ def terms(spec: ModelSpec = LINEAR, **values: object) -> Terms:
         ),
         ({"bittorrent__fill_max_age": 4}, "bittorrent.fill_max_age is 5 here and 4 there"),
         ({"bittorrent__fill_decay": 0.5}, "bittorrent.fill_decay is 0.7 here and 0.5 there"),
+        ({"federate__overlap": True}, "federate.overlap is False here and True there"),
         ({"topology__type": "ring"}, "topology.type is mesh here and ring there"),
         ({"chunk__architecture": "cnn"}, "chunk.architecture is auto here and cnn there"),
         ({"chunk__compression": "int8"}, "chunk.compression is none here and int8 there"),

@@ -19,6 +19,7 @@ _KEYS = {
     "mode": "federate.mode",
     "fragment_share": "federate.fragment_share",
     "aggregator": "federate.aggregator",
+    "overlap": "federate.overlap",
     "compression": "chunk.compression",
     "architecture": "chunk.architecture",
     "rounds.total": "federate.total_round_num",

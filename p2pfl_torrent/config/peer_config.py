@@ -260,6 +260,7 @@ class PeerConfig:
             fragment_share=federate.fragment_share if federate.mode == "fragment" else 1.0,
             aggregation=self._aggregation(),
             architecture=self.chunk.architecture,
+            overlap=federate.overlap,
         )
 
     def _aggregation(self) -> AggregationTerms:

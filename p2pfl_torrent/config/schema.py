@@ -145,6 +145,12 @@ class FederateSection:
         above=0,
         most=1,
     )
+    overlap: bool = key(
+        False,
+        GENESIS,
+        "exchange a round while the next is trained, and take its aggregate one round late",
+        "the aggregate at once; docs/how-to/overlap.md says when not",
+    )
     aggregator: str = key(
         "fedavg",
         GENESIS,

@@ -98,6 +98,8 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         aggregation: the aggregator's settings; not encoded where they are the usual ones.
         architecture: what the model is cut along; not encoded where it is ``auto``.
         fragment_share: of the mode ``fragment``, see ``scope.ScopeTerms``; not encoded where 1.
+        overlap: whether a round is exchanged while the next is trained, from weights that are one
+            round old; not encoded where it is not.
     """
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
@@ -112,6 +114,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     aggregation: AggregationTerms = USUAL
     architecture: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "auto"
     fragment_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    overlap: bool = False
 
 
 class Genesis(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

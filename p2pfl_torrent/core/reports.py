@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from p2pfl_torrent.core.peers import PeerId
 
+UNDERWAY = "underway"  # how a round is "closed" whose exchange goes on while the next is trained
+
 
 @dataclass(frozen=True, slots=True)
 class OwnerReport:
@@ -55,7 +57,8 @@ class RoundReport:
         next_round: the round the model is now the start of; more than round + 1 after catching up.
         closed_by: "complete", "settled" (no neighbour has anything that is missing), "deadline"
             (the window is over, or no missing chunk could come before its end), "late" (this peer
-            missed the round and caught up) or "solo" (too few members; nothing merged).
+            missed the round and caught up), "solo" (too few members; nothing merged) or "underway"
+            (``federate.overlap``: published, and reported by the next call).
         members: live members at the closing, this peer included.
         owners: one entry per update known, owners in canonical order, this peer's own included.
         completeness: verified bytes over announced bytes, own update excluded, 0-1.
@@ -112,6 +115,11 @@ class RoundReport:
     def solo(self) -> bool:
         """Whether there were too few members and nothing was merged."""
         return self.closed_by == "solo"
+
+    @property
+    def underway(self) -> bool:
+        """Whether the round's exchange still goes on: nothing is known of it yet."""
+        return self.closed_by == UNDERWAY
 
 
 @dataclass(frozen=True, slots=True)

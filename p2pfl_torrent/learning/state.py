@@ -96,6 +96,12 @@ def describe(
     return spec
 
 
+def parameter_names(model: nn.Module) -> frozenset[str]:
+    """The state_dict names, also the tied ones, of what training moves: all but buffers."""
+    unwrapped = unwrapping(model)
+    return frozenset(unwrapped(name) for name, _ in model.named_parameters(remove_duplicate=False))
+
+
 def explain_mismatch(model: nn.Module, spec: ModelSpec) -> str | None:
     """The first tensor in which a model differs from a spec, as one sentence; None if it fits.
 

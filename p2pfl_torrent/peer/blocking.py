@@ -80,6 +80,7 @@ class Peer:
             on_address,
             gradients,
             self._model.architecture,
+            self._model.parameters,
         )
         self._thread = threading.Thread(target=self._run, name="p2pfl-torrent", daemon=True)
         self._ready = threading.Event()
@@ -230,7 +231,9 @@ class Peer:
         """Share the model's weights and replace them by the swarm's aggregate.
 
         Blocks until the round is closed: all live members' updates are here, or the deadline has
-        passed. Like ``optimizer.step()`` it works in place.
+        passed. Like ``optimizer.step()`` it works in place. With ``federate.overlap`` it blocks
+        until the round before is closed, and leaves the model at that round's aggregate with this
+        peer's own progress since; its report is of that round. The last round is waited for.
 
         Args:
             num_samples: training samples behind the update: its weight in the average.

@@ -17,6 +17,7 @@ from p2pfl_torrent.learning.state import (
     Optimizer,
     describe,
     load_arrays,
+    parameter_names,
     snapshot,
     to_arrays,
 )
@@ -64,6 +65,7 @@ class LocalModel:
         )
         self.spec.validate()
         self.architecture = architecture_of(model, self.spec)
+        self.parameters = parameter_names(model)
         self._evaluate = evaluate
         self._optimizer = optimizer if config.federate.on_merge == "reset" else None
         self._recalibrates = config.chunk.norm_policy == "recalibrate"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,6 +57,7 @@ from p2pfl_torrent.peer.network import (
     founded,
     read_welcome,
 )
+from p2pfl_torrent.peer.overlap import Overlap
 from p2pfl_torrent.peer.parts import Making, restore
 from p2pfl_torrent.peer.rounds import Merged
 from p2pfl_torrent.peer.scoring import Gradients, chosen_method
@@ -81,6 +82,7 @@ class Node:
         weights: the start weights this peer would begin a swarm with.
         on_address: told each of the peer's addresses once it listens.
         gradients: statistics of the user's training, where the importance method needs them.
+        parameters: names of the tensors that training moves, for ``federate.overlap``.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Node:
         on_address: Callable[[str], object] | None = None,
         gradients: Gradients | None = None,
         architecture: Architecture | None = None,
+        parameters: Collection[str] = (),
     ) -> None:
         self.config = config
         self._gradients = gradients
         self._method = chosen_method(config.chunk, architecture, gradients)
+        self._model_spec, self._parameters = spec, parameters
         self.feed = EventFeed()
         self.peer_id = ""
         self.addrs: tuple[str, ...] = ()
@@ -252,14 +256,26 @@ class Node:
         self._rounds = making.rounds(
             genesis, self._store, self._checkpoints, self._exchange, self._catch_up
         )
+        self._overlap = self._make_overlap() if genesis.terms.overlap else None
         self._is_open = True
+
+    def _make_overlap(self) -> Overlap:
+        return Overlap(
+            self._rounds,
+            spec=self._model_spec,
+            parameters=self._parameters,
+            total=self.total_rounds,
+            nursery=self._nursery,
+            ended=self._round_ended,
+            told=self.finished,
+        )
 
     # --- the user's calls --------------------------------------------------------------------
 
     @property
     def round(self) -> int:
-        """The round that is trained or exchanged now."""
-        return self._rounds.round
+        """The round that the user trains or exchanges now."""
+        return self._rounds.round if self._overlap is None else self._overlap.round
 
     def start_weights(self) -> dict[str, Array]:
         """The weights the current round starts from."""
@@ -268,14 +284,21 @@ class Node:
     async def exchange(
         self, arrays: dict[str, Array], num_samples: int, metrics: Mapping[str, float]
     ) -> Merged:
-        """Share an update and merge; see ``Rounds.exchange``."""
-        merged = await self._rounds.exchange(arrays, num_samples, metrics, trio.current_time())
+        """Share an update and merge; see ``Rounds.exchange`` and ``Overlap.exchange``."""
+        began = trio.current_time()
+        if self._overlap is not None:
+            return await self._overlap.exchange(arrays, num_samples, metrics, began)
+        merged = await self._rounds.exchange(arrays, num_samples, metrics, began)
+        self._round_ended(merged.report)
+        return merged
+
+    def _round_ended(self, report: RoundReport) -> None:
+        """Another round has begun here: tell the members, and draw what depends on it."""
         self._driver.round_changed(self._rounds.round)
         if self._terms.topology.redraw:
             self._draw_overlay()
-        if merged.report.late:
-            self._came_back(merged.report.round)
-        return merged
+        if report.late:
+            self._came_back(report.round)
 
     def _came_back(self, missed: int) -> None:
         """We caught up after a round went on without us: say from when to wait for us again.
@@ -293,8 +316,9 @@ class Node:
             self._driver.set_ready(self._rounds.round + 1)
 
     def finished(self, report: RoundReport) -> None:
-        """The aggregate is in the user's model."""
-        self.feed.emit(RoundFinished(report))
+        """The aggregate is in the user's model, or is known to be there by the next call."""
+        if not report.underway:
+            self.feed.emit(RoundFinished(report))
 
     def progress(self, done: int, total: int, loss: float | None) -> None:
         """Training has got so far."""
@@ -326,6 +350,9 @@ class Node:
 
     async def finish(self) -> None:
         """Serve the neighbours until they have what they need, then say goodbye."""
+        if self._overlap is not None:  # what is published is not taken away before its time
+            with trio.move_on_after(self.config.bittorrent.linger):
+                await self._overlap.drain()
         self._rounds.phase = "seeding"
         if self._rounds.round > self.total_rounds:
             with trio.move_on_after(self.config.bittorrent.linger):

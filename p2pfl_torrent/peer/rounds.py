@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -164,8 +165,12 @@ class Rounds:
         forgotten = tuple(self._store.prune(round))
         self._exchange.round_begun(ev.RoundBegun(round, forgotten, caught_up))
         if is_to_train:
-            members = len(self._exchange.swarm.live)
-            self._feed.emit(RoundStarted(round, base_hash.hex(), members))
+            self._feed.emit(RoundStarted(round, base_hash.hex(), self.members))
+
+    @property
+    def members(self) -> int:
+        """Live members, this peer included."""
+        return len(self._exchange.swarm.live)
 
     # --- one exchange ------------------------------------------------------------------------
 
@@ -185,6 +190,13 @@ class Rounds:
             UpdateError: the update cannot be shared, or an exchange is under way.
             ConfigError: importance needs gradients, and none were seen.
         """
+        with self.called():
+            solo = await self.publish(arrays, num_samples, metrics, began)
+            return await self.close(metrics) if solo is None else solo
+
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """The time of a user's call, of which there is one at a time; UpdateError otherwise."""
         if self._is_called:
             raise UpdateError(
                 f"exchange was called while the exchange of round {self.round} is under way: await "
@@ -192,14 +204,32 @@ class Rounds:
             )
         self._is_called = True
         try:
-            if self._underway is None:
-                self._underway = await self._publish_update(arrays, num_samples, began)
-            self._observe(metrics)
-            if self._underway is None:
-                return await self._solo(arrays, metrics, began)
-            return await self._finish(self._underway, metrics)
+            yield
         finally:
             self._is_called = False
+
+    async def publish(
+        self, arrays: Arrays, num_samples: int, metrics: Mapping[str, float], began: float
+    ) -> Merged | None:
+        """The first half of an exchange: sign the update, store it and tell the others.
+
+        Args: as ``exchange``. Where an exchange is under way, this changes nothing.
+
+        Returns:
+            What came of it, if that is known at once: there are too few members.
+        """
+        if self._underway is None:
+            self._underway = await self._publish_update(arrays, num_samples, began)
+        self._observe(metrics)
+        return await self._solo(arrays, metrics, began) if self._underway is None else None
+
+    async def close(self, metrics: Mapping[str, float]) -> Merged:
+        """The second half: wait until the round is over, merge, and begin the next.
+
+        It may be cancelled and called again.
+        """
+        assert self._underway is not None
+        return await self._finish(self._underway, metrics)
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
         """Show the scorer the training loss; a switch of its method holds from the next."""
@@ -424,7 +454,7 @@ class Rounds:
             round=missed,
             next_round=taken.round,
             closed_by=TAKEN,
-            members=len(self._exchange.swarm.live),
+            members=self.members,
             owners=(),
             completeness=0.0,
             bytes_payload=0,
@@ -457,7 +487,7 @@ class Rounds:
             round=round,
             next_round=self.round,
             closed_by="solo",
-            members=len(self._exchange.swarm.live),
+            members=self.members,
             owners=(),
             completeness=0.0,
             bytes_payload=0,

@@ -64,6 +64,7 @@ class AsyncPeer:
             on_address,
             gradients,
             self._model.architecture,
+            self._model.parameters,
         )
         self._stack = AsyncExitStack()
 

@@ -161,3 +161,42 @@ def test_an_unreachable_bootstrap_is_one_sentence() -> None:
     peer = Peer(config([nobody], topology={"max_connection_attempts": 1}), own_model(1))
     with pytest.raises(P2PFLError, match="No bootstrap peer could be reached"), peer:
         raise AssertionError("must not get in")
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+def test_a_plain_loop_with_overlap_ends_at_the_final_aggregate(policy: str) -> None:
+    sections = {
+        "federate": {
+            "client_num": 2,
+            "total_round_num": 3,
+            "join_timeout": 60.0,
+            "overlap": True,
+        },
+        "chunk": {"norm_policy": policy},
+    }
+    models = [own_model(1), own_model(2)]
+    reports: list[list[RoundReport]] = [[], []]
+    address: list[str] = []
+    there = threading.Event()
+
+    def member(place: int) -> None:
+        if place:
+            assert there.wait(60)
+        peer = Peer(config(address if place else [], **sections), models[place])
+        watcher = threading.Thread(target=addresses_of, args=(peer, there, address))
+        if not place:
+            watcher.start()
+        with peer:
+            for round in peer.rounds():
+                train(models[place], 100 * place + round)
+                reports[place].append(peer.exchange(num_samples=10 + place))
+        if not place:
+            watcher.join()
+
+    in_threads(lambda: member(0), lambda: member(1))
+    told = [[(report.round, report.closed_by) for report in each] for each in reports]
+    assert told == [[(1, "underway"), (1, "complete"), (3, "complete")]] * 2
+    kept_home = {name for name in models[0].state_dict() if policy == "local" and name[0] == "2"}
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name]) != (name in kept_home), name
+    assert bool((models[0].state_dict()["2.running_var"] > 0).all())
