@@ -151,6 +151,17 @@ def stragglers() -> Experiment:
     )
 
 
+def overlap() -> Experiment:
+    """(g) A round exchanged while the next one is trained."""
+    apart = Condition(rounds=15)
+    return Experiment(
+        what="exchange after training, or while the next round is trained",
+        conditions=[apart, replace(apart, overlap=True)],
+        varied=("overlap",),
+        baseline=apart,
+    )
+
+
 EXPERIMENTS = {
     "importance": importance(),
     "importance-text": importance("text"),
@@ -160,4 +171,5 @@ EXPERIMENTS = {
     "compression": compression(),
     "modes": modes(),
     "stragglers": stragglers(),
+    "overlap": overlap(),
 }

@@ -54,6 +54,7 @@ class Condition:
         slow: share of the peers whose links are ``slower`` times slower.
         lagging: share of the peers that train ``slower`` times as long.
         patient: whether the deadline waits for all.
+        overlap: whether a round is exchanged while the next one is trained.
     """
 
     task: str = "mnist"
@@ -81,6 +82,7 @@ class Condition:
     lagging: float = 0.0
     slower: float = 10.0
     patient: bool = False
+    overlap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +295,7 @@ def _genesis(condition: Condition, layout: Layout, start: Arrays) -> Genesis:
         compression=layout.compression.name,
         aggregation=AggregationTerms(byzantine=byzantine),
         fragment_share=condition.fragment_share,
+        overlap=condition.overlap,
     )
     initial = model_hash(layout.spec, start).hex()
     return Genesis(terms=agreed, run_id="learning", creator="peer-0", initial_hash=initial)

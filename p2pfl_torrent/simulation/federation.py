@@ -23,6 +23,7 @@ from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.encoding import decode_file, encode_file
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.manifest import UpdateId, block_hashes, make_manifest
+from p2pfl_torrent.core.overlap import carry_over
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
 from p2pfl_torrent.core.topology import neighbours, overlay_seed
@@ -74,8 +75,26 @@ class Outcome:
     taken_over: bool
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """Training of the next round while one is exchanged.
+
+    Attributes:
+        round: the one that is exchanged.
+        start: what was published for it, from which training goes on.
+        done: the next round's training is over.
+    """
+
+    round: int
+    start: Arrays
+    done: bool = False
+
+
 class Federation:
     """Peers that learn together in a world.
+
+    With ``Terms.overlap`` a round is trained while the one before is exchanged, and every float
+    tensor is taken for a parameter.
 
     Args:
         make_world: given the handlers for a closed and for a missed round.
@@ -112,6 +131,8 @@ class Federation:
         self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
         self._unsent: dict[PeerId, Arrays] = {}
         self._starts: dict[bytes, Arrays] = {}
+        self._overlaps = agreed.overlap
+        self._ahead: dict[PeerId, _Ahead] = {}
         self._waiting: dict[PeerId, int] = {}  # who missed a round, and waits for the next one's
         self._edges: set[frozenset[PeerId]] = set()
         self._drawn_for = 1
@@ -145,20 +166,42 @@ class Federation:
             round, max(KEEP_ROUNDS, self._terms.max_staleness), self._terms.fill_max_age
         )
         self.world.feed(peer, ev.RoundBegun(round, forgotten, caught_up))
-        if round <= self._terms.total:
-            ready = self.world.now + self.learners[peer].training_seconds(round)
-            self.world.at(ready, lambda: self._publish(node, round))
+        ahead = self._ahead.get(peer)
+        if round <= self._terms.total and (ahead is None or ahead.done):
+            training = 0.0 if ahead is not None else self.learners[peer].training_seconds(round)
+            self.world.at(self.world.now + training, lambda: self._publish(node, round))
+
+    def _train_ahead(self, node: Node, round: int, published: Arrays) -> None:
+        """Go on training while a round is exchanged; the last one is waited for."""
+        self._ahead.pop(node.name, None)
+        if not self._overlaps or round >= self._terms.total:
+            return
+        ahead = self._ahead[node.name] = _Ahead(round, published)
+        training = self.learners[node.name].training_seconds(round + 1)
+        self.world.at(self.world.now + training, lambda: self._trained_ahead(node, ahead))
+
+    def _trained_ahead(self, node: Node, ahead: _Ahead) -> None:
+        if self._ahead.get(node.name) is ahead and self.world.nodes[node.name] is node:
+            ahead.done = True
+            reached = self.rounds[node.name]
+            if ahead.round < reached <= self._terms.total:
+                self._publish(node, reached)
 
     def _publish(self, node: Node, round: int) -> None:
         peer, layout = node.name, self.world.layout
         if node.killed or self.world.nodes[peer] is not node or self.rounds[peer] != round:
             return
+        learner, start = self.learners[peer], self.models[peer]
         own = node.swarm.ledger.update_of(peer, round)
         if own is not None:  # published before it died: a second one would be equivocation
+            if self._overlaps:
+                self._train_ahead(node, round, learner.train(round, start)[0])
             self.world.feed(peer, ev.UpdateReady(own.manifest))
             return
-        learner, start = self.learners[peer], self.models[peer]
-        trained, samples = learner.train(round, start)
+        ahead = self._ahead.get(peer)
+        trained, samples = learner.train(round, start if ahead is None else ahead.start)
+        if ahead is not None:
+            trained = carry_over(layout.spec, start, ahead.start, trained, start.keys())
         delivered = self._delivered.get(peer)
 
         def last(chunk: int) -> Sequence[Array]:
@@ -190,6 +233,7 @@ class Federation:
             chunk: decode_file(layout, chunk, data, start) for chunk, data in enumerate(files)
         }
         self._published(peer, round)
+        self._train_ahead(node, round, trained)
         self.world.feed(peer, ev.UpdateReady(manifest))
 
     def _encoded(self, peer: PeerId, trained: Arrays, start: Arrays) -> list[bytes]:
@@ -224,6 +268,7 @@ class Federation:
         """A peer's process dies; its disk stays."""
         self.world.kill(peer)
         self._waiting.pop(peer, None)
+        self._ahead.pop(peer, None)
         self.world.at(self.world.now + NOTICED, self._tell_members)
 
     def restart(self, peer: PeerId) -> None:

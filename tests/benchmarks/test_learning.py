@@ -54,6 +54,7 @@ def test_a_run_is_the_same_again() -> None:
         {"killed": 0.34},
         {"lagging": 0.34},
         {"slow": 0.34, "patient": True},
+        {"overlap": True},
     ],
     ids=lambda change: ",".join(change),
 )

@@ -38,10 +38,12 @@ class Adder:
         self.number = number
         self.seconds = seconds
         self.trained: list[int] = []
+        self.starts: list[float] = []
         self.last: list[float] = []
 
     def train(self, round: int, start: Arrays) -> tuple[Arrays, int]:
         self.trained.append(round)
+        self.starts.append(float(start["t0"][0, 0]))
         added = self.number
         return {name: np.add(array, added, dtype=np.float32) for name, array in start.items()}, 10
 
@@ -65,6 +67,7 @@ def federation(
     topology: str = "full",
     share: float = 1.0,
     compression: Compression = PLAIN,
+    overlap: bool = False,
     told: Callable[[Outcome, Arrays], object] = lambda outcome, arrays: None,
 ) -> Federation:
     layout = replace(plan(MODEL, num_chunks=6, block_size=1024), compression=compression)
@@ -92,6 +95,7 @@ def federation(
         rounds=terms,
         fragment_share=share,
         compression=compression.name,
+        overlap=overlap,
     )
     start: Arrays = {t.name: np.zeros(t.shape, np.float32) for t in MODEL.tensors}
     initial = model_hash(MODEL, start).hex()
@@ -310,3 +314,50 @@ def test_a_restart_loses_nothing_that_was_received(mode: str) -> None:
         owner: set(scope.wanted(owner, 1)) for owner in run.learners if scope.wanted(owner, 1).count
     }
     assert len(counted) == 4
+
+
+def test_overlap_hides_the_exchange_behind_the_training_of_the_next_round() -> None:
+    def last(overlap: bool) -> float:
+        run = federation("abcd", rounds=4, seconds=20.0, down=3 * BYTES / 15.0, overlap=overlap)
+        run.run()
+        assert {len(found) for found in hashes(run).values()} == {1}
+        assert {outcome.completeness for outcome in run.outcomes} == {1.0}
+        for model in run.models.values():
+            for array in model.values():
+                assert np.allclose(array, 4 * (0 + 1 + 2 + 3) / 4)
+        return max(outcome.at for outcome in run.outcomes)
+
+    assert last(False) > 4 * (20.0 + 14.0)
+    assert 4 * 20.0 + 14.0 < last(True) < 4 * 20.0 + 25.0
+
+
+def test_with_overlap_a_round_is_trained_from_the_aggregate_of_two_rounds_before() -> None:
+    run = federation("abcd", rounds=4, overlap=True)
+    run.run()
+    for number, name in enumerate("abcd"):
+        learner = run.learners[PeerId(name)]
+        assert isinstance(learner, Adder)
+        assert learner.trained == [1, 2, 3, 4]
+        assert np.allclose(learner.starts, [0, number, 1.5 + number, 3.0 + number])
+
+
+@pytest.mark.parametrize("at", [25.0, 41.0, 55.0])
+def test_with_overlap_who_dies_comes_back_and_all_end_alike(at: float) -> None:
+    run = federation("abcd", rounds=6, seconds=20.0, down=3 * BYTES / 15.0, overlap=True)
+    run.world.at(at, lambda: run.kill(PeerId("d")))
+    run.world.at(at + 30.0, lambda: run.restart(PeerId("d")))
+    run.run()
+    assert set(run.rounds.values()) == {7}
+    assert len({model_hash(MODEL, model) for model in run.models.values()}) == 1
+
+
+def test_with_overlap_a_slow_trainer_misses_the_deadline_and_holds_up_nobody() -> None:
+    run = federation("abcd", rounds=5, seconds=5.0, window=10.0, overlap=True)
+    slow = run.learners[PeerId("d")]
+    assert isinstance(slow, Adder)
+    slow.seconds = 40.0
+    run.run()
+    assert set(run.rounds.values()) == {6}
+    assert any(outcome.taken_over for outcome in run.outcomes if outcome.peer == "d")
+    others = [outcome.at for outcome in run.outcomes if outcome.peer != "d"]
+    assert max(others) < 5 * (5.0 + 10.0) + 10.0
