@@ -198,5 +198,6 @@ def test_a_plain_loop_with_overlap_ends_at_the_final_aggregate(policy: str) -> N
     assert told == [[(1, "underway"), (1, "complete"), (3, "complete")]] * 2
     kept_home = {name for name in models[0].state_dict() if policy == "local" and name[0] == "2"}
     for name, tensor in models[0].state_dict().items():
-        assert torch.equal(tensor, models[1].state_dict()[name]) != (name in kept_home), name
+        if not name.endswith("num_batches_tracked"):  # a count, of as many steps at both
+            assert torch.equal(tensor, models[1].state_dict()[name]) != (name in kept_home), name
     assert bool((models[0].state_dict()["2.running_var"] > 0).all())
