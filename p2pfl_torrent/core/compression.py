@@ -52,7 +52,7 @@ class Compression:
         """As manifests and the genesis write it; ``none`` where files are plain."""
         parts = ["delta"] if self.delta and self.codec != "topk" else []
         if self.codec != "none":
-            parts.append(f"topk:{self.topk_share!r}" if self.codec == "topk" else self.codec)
+            parts.append(f"topk:{float(self.topk_share)!r}" if self.codec == "topk" else self.codec)
         if self.zstd_level:
             parts.append(f"zstd:{self.zstd_level}")
         return "+".join(parts) or "none"
@@ -150,17 +150,27 @@ def encode_slice(
     if form.codec == "int8":
         return _to_int8(form, wide)
     if form.codec == "topk":
-        return _to_topk(form, wide)
+        return _to_topk(form, wide, _given(base))
     coded = narrow(form.fields[0].dtype, wide)
     return [coded] if np.isfinite(widen(form.fields[0].dtype, coded)).all() else None
 
 
 def to_send(form: SliceForm, values: Array, base: Array | None, unsent: Array | None) -> Wide:
-    """What a form is to carry of a slice: its values, or their change and what was left out."""
+    """What a form is to carry of a slice: its values, or their change and what was left out.
+
+    What was left out is added as far as the sum stays in the dtype: a reader that got infinity
+    would refuse the chunk, and leave an infinite rest to every update after it.
+    """
     wide = widen(form.dtype, values)
     if form.delta:
         wide = wide - widen(form.dtype, _given(base))
-    return wide if unsent is None else wide + cast("Wide", unsent)
+    if unsent is None:
+        return wide
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = wide + cast("Wide", unsent)
+        start = widen(form.dtype, _given(base))
+        aim, most = start + wide, _most(form.dtype)
+        return np.where(np.abs(aim) > most, np.clip(aim, -most, most) - start, wide)
 
 
 def still_unsent(
@@ -205,8 +215,18 @@ def _given(base: Array | None) -> Array:
     return base
 
 
-def _to_topk(form: SliceForm, wide: Wide) -> list[Array] | None:
-    """The largest changes, by increasing index (top-k: Aji & Heafield 2017)."""
+def _most(dtype: str) -> float:
+    """The largest finite value of a float dtype."""
+    if dtype == "F64":
+        return float(np.finfo(np.float64).max)
+    return {"F32": 2.0**128 - 2.0**104, "F16": 65504.0, "BF16": 2.0**128 - 2.0**120}[dtype]
+
+
+def _to_topk(form: SliceForm, wide: Wide, base: Array) -> list[Array] | None:
+    """The largest changes, by increasing index (top-k: Aji & Heafield 2017).
+
+    A change that would be rounded to beyond the dtype's range at the reader is the next smaller.
+    """
     flat = wide.reshape(-1)
     index_field, value_field = form.fields
     (sent,) = index_field.shape
@@ -215,6 +235,14 @@ def _to_topk(form: SliceForm, wide: Wide) -> list[Array] | None:
     values = narrow(value_field.dtype, flat[chosen])
     if not np.isfinite(widen(value_field.dtype, values)).all():
         return None
+    start = widen(form.dtype, base).reshape(-1)[chosen]
+    with np.errstate(over="ignore"):
+        got = widen(form.dtype, narrow(form.dtype, start + widen(form.dtype, values)))
+    beyond = ~np.isfinite(got)
+    if beyond.any():
+        values = values.copy()
+        bits = values.view(f"u{values.itemsize}")
+        bits[beyond] -= 1  # the next towards zero, of either sign
     return [chosen.astype(NUMPY_DTYPES[index_field.dtype]), values]
 
 
@@ -251,10 +279,9 @@ def _to_int8(form: SliceForm, wide: Wide) -> list[Array] | None:
 def _largest_scale(form: SliceForm) -> float:
     """The largest scale of which 127 steps are finite: in the dtype, of a change as computed."""
     dtype = "F32" if form.delta and form.dtype != "F64" else form.dtype
+    most = _most(dtype)
     if dtype == "F64":
-        most = float(np.finfo(np.float64).max)
         return most / STEPS if most / STEPS * STEPS <= most else math.nextafter(most / STEPS, 0.0)
-    most = {"F32": 2.0**128 - 2.0**104, "F16": 65504.0, "BF16": 2.0**128 - 2.0**120}[dtype]
     scale = np.float32(most / STEPS)
     return float(scale if float(scale) * STEPS <= most else np.nextafter(scale, np.float32(0)))
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import trio
 
 from p2pfl_torrent.core.chunking import Layout, TensorSlice
@@ -114,14 +115,22 @@ class Residuals:
         self._kept = Checkpoints(state_dir / "unsent", spec)
 
     def before(self, round: int) -> Arrays | None:
-        """What is left of the updates before a round; None if there was none, or it is damaged."""
+        """What is left of the updates before a round; None if there was none, or it is damaged.
+
+        What is not finite is 0: added to a change, it would keep every later update from being
+        shared.
+        """
         earlier = [kept for kept in self._kept.rounds() if kept < round]
         if not earlier:
             return None
         try:
-            return self._kept.load(earlier[-1])
+            found = self._kept.load(earlier[-1])
         except StoreError:  # its loss costs some learning; refusing to go on would cost all
             return None
+        return {
+            name: array if np.isfinite(array).all() else np.where(np.isfinite(array), array, 0)
+            for name, array in found.items()
+        }
 
     @contextmanager
     def draft(self, round: int) -> Iterator[KeepUnsent]:

@@ -429,19 +429,23 @@ class Node:
     def current_state(self) -> tuple[int, bytes, int] | None:
         """What the state protocol offers: round, start weights' hash, checkpoint bytes."""
         round = self._rounds.round
-        path = self._checkpoints.path(max(0, round - 1))
-        if not path.exists():
-            return None
-        return round, self._rounds.base_hash, path.stat().st_size
+        size = self._checkpoint_size(max(0, round - 1))
+        return None if size is None else (round, self._rounds.base_hash, size)
 
     def kept_state(self, base_hash: bytes) -> tuple[int, int] | None:
         """Start weights of an earlier round, where others may need them to read a change."""
         if not self._layout.compression.needs_base:
             return None
         before = self._store.round_of(base_hash)
-        if before is None or not self._checkpoints.path(before).exists():
+        size = None if before is None else self._checkpoint_size(before)
+        return None if before is None or size is None else (before + 1, size)
+
+    def _checkpoint_size(self, round: int) -> int | None:
+        """Bytes of a round's checkpoint; None where it is not, or was pruned just now."""
+        try:
+            return self._checkpoints.path(round).stat().st_size
+        except OSError:
             return None
-        return before + 1, self._checkpoints.path(before).stat().st_size
 
     def read_state(self, round: int, offset: int, size: int) -> bytes:
         """Bytes of the checkpoint that a round starts from."""

@@ -14,10 +14,11 @@ from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
 from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.chunking import Layout, slice_of
+from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.contributions import contributions
 from p2pfl_torrent.core.encoding import KeepUnsent, decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, P2PFLError
-from p2pfl_torrent.core.genesis import Genesis
+from p2pfl_torrent.core.genesis import Genesis, RoundTerms
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport, RoundStarted
@@ -34,6 +35,14 @@ TAKEN = "late"  # how a round was closed whose aggregate is another peer's
 WRITTEN_AT_A_TIME = 1 << 20  # bytes of an update between two turns of the network: under 1 ms
 FETCH_SHARE = 0.05  # of the exchange window, for bases that are not here: 30 s by default
 KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may be fetching
+
+
+def kept_checkpoints(compression: Compression, terms: RoundTerms) -> int:
+    """How many a peer keeps: of changes, also what late updates and old fills began from."""
+    if not compression.needs_base:
+        return KEPT_CHECKPOINTS
+    oldest = max(terms.max_staleness, terms.fill_max_age if terms.fill == "last" else 0)
+    return max(KEPT_CHECKPOINTS, oldest + 1)
 
 
 class UpdateError(P2PFLError):
@@ -111,9 +120,7 @@ class Rounds:
         patience = FETCH_SHARE * genesis.terms.rounds.exchange_timeout
         self._bases = Bases(layout, store, checkpoints, catch_up, self.base_hash, patience)
         self._residuals = residuals
-        self._kept_checkpoints = KEPT_CHECKPOINTS
-        if layout.compression.needs_base:  # an old update may fill, and needs what it began from
-            self._kept_checkpoints = max(KEPT_CHECKPOINTS, genesis.terms.rounds.fill_max_age + 1)
+        self._kept_checkpoints = kept_checkpoints(layout.compression, genesis.terms.rounds)
         self._is_called = False
         self._underway: _Underway | None = None
 

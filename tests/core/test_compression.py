@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from p2pfl_torrent.core import zstd
 from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, plan, slice_of
-from p2pfl_torrent.core.compression import Codec, Compression, decode_slice, slice_form, widen
+from p2pfl_torrent.core.compression import (
+    Codec,
+    Compression,
+    decode_slice,
+    encode_slice,
+    narrow,
+    slice_form,
+    still_unsent,
+    widen,
+)
 from p2pfl_torrent.core.encoding import decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, ConfigError, RemoteProtocolError
 from p2pfl_torrent.core.manifest import UpdateId
@@ -229,6 +238,43 @@ def test_topk_sends_the_largest_changes_and_leaves_the_others_at_the_base() -> N
     back = there_and_back(layout, {"w": values}, base)["w"]
     values[2, 3] = 1
     assert same_bits(back, values)
+
+
+MOST = {
+    "F64": np.finfo(np.float64).max,
+    "F32": float(np.finfo(np.float32).max),
+    "F16": 65504.0,
+    "BF16": 2.0**128 - 2.0**120,
+}
+
+
+@pytest.mark.parametrize("dtype", MOST)
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize(("begun", "value", "left"), [
+    (0.9, 0.95, 0.5), (0.9, 0.9, 0.9), (2.0**-12, 1.0, 0.5), (0.0, 1.0, 1.0),
+    (16 / 65504, 65504 / 65504, 0.0),
+])  # fmt: skip
+def test_what_was_left_out_makes_no_reader_get_infinity(
+    dtype: str, sign: int, begun: float, value: float, left: float
+) -> None:
+    form = slice_form(Compression("topk", topk_share=0.25), dtype, (16,))
+    wide = np.float64 if dtype == "F64" else np.float32
+
+    def full(share: float) -> Array:
+        return narrow(dtype, np.full(16, sign * share * MOST[dtype], wide))
+
+    base, values = full(begun), full(value)
+    unsent: Array = np.full(16, sign * left * MOST[dtype], wide)
+    for _ in range(3):
+        fields = encode_slice(form, values, base, unsent)
+        assert fields is not None
+        assert np.isfinite(widen(dtype, decode_slice(form, fields, base))).all()
+        unsent = still_unsent(form, values, base, unsent, fields)
+        assert np.isfinite(unsent).all()
+
+
+def test_a_share_is_named_alike_however_it_was_written() -> None:
+    assert Compression("topk", topk_share=1).name == Compression("topk", topk_share=1.0).name
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])

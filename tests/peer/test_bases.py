@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as replace_struct
 from safetensors.numpy import load_file
 
 from p2pfl_torrent.core.chunking import TensorSlice, plan
-from p2pfl_torrent.core.compression import Compression
+from p2pfl_torrent.core.compression import Codec, Compression
 from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec, model_hash
 from p2pfl_torrent.peer.bases import Residuals
+from p2pfl_torrent.peer.rounds import KEPT_CHECKPOINTS, kept_checkpoints
+from tests.core.small_ledgers import WORLD
 from tests.peer.processes import Member as Process
 from tests.peer.processes import bootstrap_node, swarm, until
 from tests.peer.swarms import Member, all_done
@@ -55,6 +58,34 @@ def test_an_update_that_is_cut_short_leaves_what_was_kept(tmp_path: Path) -> Non
     assert second is not None
     assert (first["w"][0, 0], second["w"][0, 0]) == (0.5, 0.75)
     assert residuals.before(2) is None  # two are kept
+
+
+def test_what_is_not_finite_is_left_out_no_longer(tmp_path: Path) -> None:
+    residuals = Residuals(tmp_path, LAYOUT)
+    with residuals.draft(1) as take:
+        take(TensorSlice(1, 0, 3), np.full((3, 2), 0.5, np.float32))
+        take(TensorSlice(1, 3, 4), np.array([[-np.inf, np.nan]], np.float32))
+    found = residuals.before(2)
+    assert found is not None
+    assert np.asarray(found["w"]).tolist() == [[0.5, 0.5]] * 3 + [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("compression", "fill", "age", "late", "kept"),
+    [
+        ("topk", "last", 20, 1, 21),
+        ("topk", "renormalise", 20, 1, KEPT_CHECKPOINTS),
+        ("topk", "renormalise", 20, 9, 10),
+        ("none", "last", 20, 9, KEPT_CHECKPOINTS),
+    ],
+)
+def test_no_more_models_are_kept_than_updates_may_begin_from(
+    compression: Codec, fill: str, age: int, late: int, kept: int
+) -> None:
+    terms = replace_struct(
+        WORLD.genesis.terms.rounds, fill=fill, fill_max_age=age, max_staleness=late
+    )
+    assert kept_checkpoints(Compression(compression), terms) == kept
 
 
 def test_a_damaged_one_is_as_none(tmp_path: Path) -> None:
