@@ -152,7 +152,9 @@ def encode_slice(
     if form.codec == "topk":
         return _to_topk(form, wide, _given(base))
     coded = narrow(form.fields[0].dtype, wide)
-    return [coded] if np.isfinite(widen(form.fields[0].dtype, coded)).all() else None
+    if not np.isfinite(widen(form.fields[0].dtype, coded)).all():
+        return None
+    return [_in_range(form, coded, _given(base)) if form.delta else coded]
 
 
 def to_send(form: SliceForm, values: Array, base: Array | None, unsent: Array | None) -> Wide:
@@ -223,10 +225,7 @@ def _most(dtype: str) -> float:
 
 
 def _to_topk(form: SliceForm, wide: Wide, base: Array) -> list[Array] | None:
-    """The largest changes, by increasing index (top-k: Aji & Heafield 2017).
-
-    A change that would be rounded to beyond the dtype's range at the reader is the next smaller.
-    """
+    """The largest changes, by increasing index (top-k: Aji & Heafield 2017)."""
     flat = wide.reshape(-1)
     index_field, value_field = form.fields
     (sent,) = index_field.shape
@@ -235,15 +234,22 @@ def _to_topk(form: SliceForm, wide: Wide, base: Array) -> list[Array] | None:
     values = narrow(value_field.dtype, flat[chosen])
     if not np.isfinite(widen(value_field.dtype, values)).all():
         return None
-    start = widen(form.dtype, base).reshape(-1)[chosen]
-    with np.errstate(over="ignore"):
-        got = widen(form.dtype, narrow(form.dtype, start + widen(form.dtype, values)))
-    beyond = ~np.isfinite(got)
-    if beyond.any():
-        values = values.copy()
-        bits = values.view(f"u{values.itemsize}")
-        bits[beyond] -= 1  # the next towards zero, of either sign
+    values = _in_range(form, values, base.reshape(-1)[chosen])
     return [chosen.astype(NUMPY_DTYPES[index_field.dtype]), values]
+
+
+def _in_range(form: SliceForm, changes: Array, start: Array) -> Array:
+    """Finite changes, each the next smaller one where rounding took its sum out of the dtype."""
+    with np.errstate(over="ignore"):
+        wide = widen(form.fields[-1].dtype, changes)
+        got = widen(form.dtype, narrow(form.dtype, widen(form.dtype, start) + wide))
+    beyond = ~np.isfinite(got)
+    if not beyond.any():
+        return changes
+    smaller = changes.copy()
+    bits = smaller.view(f"u{smaller.itemsize}")
+    bits[beyond] -= 1  # the next towards zero, of either sign
+    return smaller
 
 
 def _from_topk(form: SliceForm, arrays: Sequence[Array]) -> Wide:
