@@ -61,6 +61,9 @@ class Aggregator:
             versions came keeps its round-start value; with ``choose``, that rule sees to it.
         believed: how many of these go into a chunk, of those that delivered it; None: all.
         optimizer: turns the merged values into a step of its own.
+
+    Raises:
+        ConfigError: parts that would be silently left unused.
     """
 
     name: str
@@ -70,6 +73,16 @@ class Aggregator:
     least: int = 1
     believed: int | None = None
     optimizer: ServerOptimizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.choose is not None and self.is_weighted:
+            raise ConfigError(
+                f"aggregator {self.name!r}: choose is for unweighted ones; set is_weighted=False"
+            )
+        if self.believed is not None and self.choose is None:
+            raise ConfigError(
+                f"aggregator {self.name!r}: believed counts the best of a ranking; set choose"
+            )
 
     def state_spec(self, spec: ModelSpec) -> ModelSpec:
         """What a round starts from: the model, with the moments where there is an optimizer."""

@@ -7,12 +7,16 @@ the weighted mean a of the updates:
     Adagrad: v' = v + d^2      Adam: v' = b2 v + (1 - b2) d^2
     Yogi:    v' = v - (1 - b2) d^2 sign(v - d^2)
 
+The change d is clipped to the square root of the moments' largest value, and v to that value: m and
+v then stay of one size, and no later step leaves the algorithm's bounds after an absurd change.
+
 The moments are part of the state that a round starts from: they lie in its checkpoint, its hash
 covers them, and whoever takes a state over takes them too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -44,10 +48,15 @@ class ServerOptimizer:
     beta2: float
     tau: float
 
-    def step(self, start: Vector, mean: Vector, m: Vector, v: Vector) -> Vector:
-        """The new weights; ``m`` and ``v`` are changed in place. Element-wise, one order."""
-        change = mean - start
-        square = np.minimum(change * change, np.finfo(np.float64).max)
+    def step(self, start: Vector, mean: Vector, m: Vector, v: Vector, largest: float) -> Vector:
+        """The new weights; ``m`` and ``v`` are changed in place. Element-wise, one order.
+
+        Args:
+            largest: value that a moment may have.
+        """
+        bound = math.sqrt(largest)
+        change = np.clip(mean - start, -bound, bound)
+        square = np.minimum(change * change, largest)
         m *= self.beta1
         m += (1.0 - self.beta1) * change
         if self.kind == "fedadagrad":
@@ -57,6 +66,7 @@ class ServerOptimizer:
             v += (1.0 - self.beta2) * square
         else:
             v -= (1.0 - self.beta2) * square * np.sign(v - square)
+        np.minimum(v, largest, out=v)
         return start + self.learning_rate * m / (np.sqrt(v) + self.tau)
 
 
@@ -79,7 +89,7 @@ def step_slice(
 ) -> tuple[Array, Array]:
     """Turn the mean of a float slice, in place, into its new weights; its new moments.
 
-    What leaves a dtype's range becomes the largest it has: an infinite moment would stay for ever.
+    Weights that leave their dtype's range become the largest it has.
 
     Args:
         start: the slice's round-start weights; ``moments`` those of the round's start, unchanged.
@@ -87,22 +97,21 @@ def step_slice(
     first, second = (np.array(moment, order="C") for moment in moments)
     begun, out = start.reshape(-1), mean.reshape(-1)
     flat_m, flat_v = first.reshape(-1), second.reshape(-1)
+    largest = _largest(_moment_dtype(dtype))
     for begin in range(0, out.size, TILE):
         cut = slice(begin, begin + TILE)
         x, a = (floats(dtype, values[cut]).astype(np.float64) for values in (begun, out))
         m, v = flat_m[cut].astype(np.float64), flat_v[cut].astype(np.float64)
         with np.errstate(over="ignore"):
-            stepped = optimizer.step(x, a, m, v)
-        kind = _moment_dtype(dtype)
-        flat_m[cut], flat_v[cut] = _in_range(kind, m), _in_range(kind, v)
-        stepped = _in_range(dtype, stepped)
+            stepped = optimizer.step(x, a, m, v, largest)
+        flat_m[cut], flat_v[cut] = m, v
+        stepped = np.clip(stepped, -_largest(dtype), _largest(dtype))
         out[cut] = float64_to_bfloat16(stepped) if dtype == "BF16" else stepped
     return first, second
 
 
-def _in_range(dtype: str, values: Vector) -> Vector:
-    largest = {"F64": float(np.finfo(np.float64).max), "F16": 65504.0}.get(dtype, LARGEST)
-    return np.clip(values, -largest, largest)
+def _largest(dtype: str) -> float:
+    return {"F64": float(np.finfo(np.float64).max), "F16": 65504.0}.get(dtype, LARGEST)
 
 
 def _moment_dtype(dtype: str) -> str:

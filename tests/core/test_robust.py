@@ -25,7 +25,7 @@ from p2pfl_torrent.core.errors import ConfigError, LocalProtocolError
 from p2pfl_torrent.core.events import CloseRound, Count, Fill
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
-from p2pfl_torrent.core.robust import squared_distance, trimmed_mean
+from p2pfl_torrent.core.robust import Distances, squared_distance, trimmed_mean
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
 from tests.core.small_ledgers import WORLD, update
 from tests.core.small_models import same_bits
@@ -346,3 +346,14 @@ def test_an_aggregator_of_ones_own_that_breaks_its_promise_is_told_so() -> None:
     wrong = Aggregator("wrong", combine=lambda found, weights: found.sum(axis=0) * np.nan)
     with pytest.raises(LocalProtocolError, match="'wrong'"):
         merge(values(3, 1), everything(3), wrong)
+
+
+def test_parts_that_nothing_would_use_are_refused() -> None:
+    def ranking(_: Distances) -> list[PeerId]:
+        return []
+
+    with pytest.raises(ConfigError, match="set is_weighted=False"):
+        Aggregator("mine", choose=ranking)
+    with pytest.raises(ConfigError, match="set choose"):
+        Aggregator("mine", is_weighted=False, believed=1)
+    assert Aggregator("mine", is_weighted=False, choose=ranking, believed=1).believed == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -13,6 +15,7 @@ from p2pfl_torrent.core.aggregators import AggregationTerms, make_aggregator
 from p2pfl_torrent.core.chunking import TensorSlice, encode_chunk, plan, slice_of
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.server_optimizers import ServerOptimizer, step_slice
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
 from tests.core.small_models import same_bits
 
@@ -117,3 +120,24 @@ def test_an_absurd_update_leaves_no_infinite_moment(kind: str) -> None:
     first = make_aggregator(kind, TERMS).first_state(SPEC, made(1))
     state = one_round(kind, first, [absurd], [[True] * len(LAYOUT.chunks)])
     assert all(np.isfinite(state[name].astype(np.float64)).all() for name in state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_after_an_absurd_mean_the_weights_stay_within_the_steps(
+    kind: Literal["fedadam", "fedyogi", "fedadagrad"], dtype: str, beta1: float
+) -> None:
+    rate = 100.0
+    optimizer = ServerOptimizer(kind, rate, beta1, 0.99, 1e-3)
+    of = np.float64 if dtype == "F64" else np.float32
+    w: Array = np.array([1.0, -1.0], of)
+    moments: tuple[Array, Array] = (np.zeros(2, of), np.zeros(2, of))
+    largest = np.finfo(of).max
+    for number in range(10):
+        mean = np.array([-largest, largest] if number == 0 else [0.5, -0.5], of)
+        moments = step_slice(optimizer, dtype, w, mean, moments)
+        w = mean
+        # A step is at most lr |m| / sqrt(v), and that at most (1 - b1) / sqrt(1 - b2) < 10.
+        assert np.abs(w.astype(np.float64)).max() <= 1.0 + 10 * rate * (number + 1)
+        assert all(np.isfinite(moment.astype(np.float64)).all() for moment in moments)
