@@ -22,6 +22,7 @@ from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.store import Checkpoints, Store, StoreError
 
 MAX_FETCHED = 2  # bases in one round: each is a model to fetch, and in memory while it is merged
+OWNERS_IN_TURN = 4  # that a base's patience is shared by: a large model needs a large share
 KEPT_RESIDUALS = 2  # the one of the update that is being made, and the one before it
 
 
@@ -31,6 +32,8 @@ class Bases:
     Args:
         initial: hash of the swarm's start weights.
         patience: seconds that fetching may take in one round.
+
+    A base here is checked against its hash: one that is damaged counts as not here.
     """
 
     def __init__(
@@ -49,10 +52,10 @@ class Bases:
         self._initial = initial
         self._patience = patience
 
-    def of(self, manifests: Iterable[Manifest]) -> dict[UpdateId, Arrays | None]:
+    async def of(self, manifests: Iterable[Manifest]) -> dict[UpdateId, Arrays | None]:
         """The base of each, mapped; None where it is not here, or nothing needs it."""
         named = {manifest.update: manifest.header.base_hash for manifest in manifests}
-        found = {base: self._find(base) for base in set(named.values())}
+        found = {base: await self._find(base) for base in set(named.values())}
         return {update: found[base] for update, base in named.items()}
 
     async def fetch(
@@ -60,8 +63,9 @@ class Bases:
     ) -> dict[UpdateId, Arrays | None]:
         """``bases`` with some of the missing ones, from the owners that have them.
 
-        At most ``MAX_FETCHED`` models are taken, in ``patience`` seconds, those first from which
-        the most updates began: who names a base that nobody has holds nobody up for longer.
+        At most ``MAX_FETCHED`` models are taken, side by side, those first from which the most
+        updates began. Each may take ``patience`` seconds, and an owner of it a share of them: who
+        names a base that nobody has, or gives it slowly, keeps no other from being fetched.
         """
         missing = self.missing(bases)
         owners: defaultdict[bytes, list[PeerId]] = defaultdict(list)
@@ -69,13 +73,22 @@ class Bases:
             if manifest.update in missing:
                 owners[manifest.header.base_hash].append(manifest.owner)
         wanted = sorted(owners, key=lambda base: (-len(owners[base]), base))[:MAX_FETCHED]
-        fetched: dict[bytes, Arrays | None] = {}
+        fetched: dict[bytes, Arrays] = {}
+
+        async def fetch_one(base_hash: bytes) -> None:
+            asked = sorted(set(owners[base_hash]))
+            share = self._patience / min(len(asked), OWNERS_IN_TURN)
+            for owner in asked:
+                with trio.move_on_after(share):
+                    found = await self._catch_up.fetch(owner, base_hash)
+                    if found is not None:
+                        fetched[base_hash] = found
+                        return
+
         with trio.move_on_after(self._patience):
-            for base_hash in wanted:
-                for owner in sorted(owners[base_hash]):
-                    fetched[base_hash] = await self._catch_up.fetch(owner, base_hash)
-                    if fetched[base_hash] is not None:
-                        break
+            async with trio.open_nursery() as nursery:
+                for base_hash in wanted:
+                    nursery.start_soon(fetch_one, base_hash)
         named = {manifest.update: manifest.header.base_hash for manifest in manifests}
         return {
             update: fetched.get(named[update]) if update in missing else base
@@ -86,13 +99,20 @@ class Bases:
         """The updates that cannot be read for want of their base."""
         return {update for update, base in bases.items() if base is None and self._is_needed}
 
-    def _find(self, base_hash: bytes) -> Arrays | None:
+    async def _find(self, base_hash: bytes) -> Arrays | None:
         if not self._is_needed:
             return None
-        round = 0 if base_hash == self._initial else self._store.round_of(base_hash)
+        round = self.round_of(base_hash)
         if round is None or not self._checkpoints.path(round).exists():
             return None
-        return self._checkpoints.load(round)
+        try:
+            return await trio.to_thread.run_sync(self._checkpoints.load, round, base_hash)
+        except StoreError:
+            return None
+
+    def round_of(self, base_hash: bytes) -> int | None:
+        """The round that ended here with these weights, 0 for the swarm's first; None if none."""
+        return 0 if base_hash == self._initial else self._store.round_of(base_hash)
 
 
 class Residuals:

@@ -436,7 +436,7 @@ class Node:
         """Start weights of an earlier round, where others may need them to read a change."""
         if not self._layout.compression.needs_base:
             return None
-        before = self._store.round_of(base_hash)
+        before = self._rounds.bases.round_of(base_hash)
         size = None if before is None else self._checkpoint_size(before)
         return None if before is None or size is None else (before + 1, size)
 

@@ -118,7 +118,7 @@ class Rounds:
         self._feed = feed
         self._enabled = enabled
         patience = FETCH_SHARE * genesis.terms.rounds.exchange_timeout
-        self._bases = Bases(layout, store, checkpoints, catch_up, self.base_hash, patience)
+        self.bases = Bases(layout, store, checkpoints, catch_up, self.base_hash, patience)
         self._residuals = residuals
         self._kept_checkpoints = kept_checkpoints(layout.compression, genesis.terms.rounds)
         self._is_called = False
@@ -315,7 +315,7 @@ class Rounds:
             with self._residuals.draft(round) as keep:
                 return describe(keep)
 
-        last, start = self._last_delivered(), partial(self._checkpoints.load, round - 1)
+        last, start = await self._last_delivered(), partial(self._checkpoints.load, round - 1)
         ranks = await trio.to_thread.run_sync(self._scorer.ranks, round, arrays, last, start)
         try:
             sizes, hashes = await trio.to_thread.run_sync(describe_and_keep)
@@ -349,13 +349,13 @@ class Rounds:
             raise
         return manifest
 
-    def _last_delivered(self) -> LastDelivered:
+    async def _last_delivered(self) -> LastDelivered:
         """Our update of the round before, or the round's start weights where there is none."""
         layout = self._layout
         known = self._exchange.swarm.ledger.update_of(self._local, self.round - 1)
         if known is not None and known.held.complete:
-            update, bases = known.manifest.update, self._bases.of([known.manifest])
-            if not self._bases.missing(bases):
+            update, bases = known.manifest.update, await self.bases.of([known.manifest])
+            if not self.bases.missing(bases):
                 return lambda chunk: decode_file(
                     layout, chunk, self._store.chunk(update, chunk), bases[update]
                 )
@@ -373,8 +373,8 @@ class Rounds:
     ) -> Merged:
         chunks = contributions(self._layout, close, self._genesis.terms)
         manifests = self._manifests(chunks)
-        bases = await self._bases.fetch(manifests, self._bases.of(manifests))
-        baseless = self._bases.missing(bases)
+        bases = await self.bases.fetch(manifests, await self.bases.of(manifests))
+        baseless = self.bases.missing(bases)
         chunks = {
             chunk: [source for source in sources if source[1] not in baseless]
             for chunk, sources in chunks.items()

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import trio
+import trio.testing
 from msgspec.structs import replace as replace_struct
 from safetensors.numpy import load_file
 
 from p2pfl_torrent.core.chunking import TensorSlice, plan
 from p2pfl_torrent.core.compression import Codec, Compression
-from p2pfl_torrent.core.tensors import ModelSpec, TensorSpec, model_hash
-from p2pfl_torrent.peer.bases import Residuals
+from p2pfl_torrent.core.manifest import Manifest
+from p2pfl_torrent.core.peers import PeerId
+from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec, model_hash
+from p2pfl_torrent.exchange.ports import ByteStream
+from p2pfl_torrent.peer.bases import Bases, Residuals
+from p2pfl_torrent.peer.catchup import CatchUp
 from p2pfl_torrent.peer.rounds import KEPT_CHECKPOINTS, kept_checkpoints
-from tests.core.small_ledgers import WORLD
+from p2pfl_torrent.store import Checkpoints, Store
+from tests.core.small_ledgers import WORLD, update
 from tests.peer.processes import Member as Process
 from tests.peer.processes import bootstrap_node, swarm, until
 from tests.peer.swarms import Member, all_done
@@ -113,6 +122,81 @@ def statuses(member: Member) -> dict[str, str]:
 
 
 CHANGES = {"compression": "int8", "delta": True}
+BASE_PATIENCE = 8.0
+
+
+class Owners(CatchUp):
+    """Some give the base that is asked for; the others take the question and say nothing."""
+
+    def __init__(self, givers: Set[str]) -> None:
+        async def unused(peer: PeerId) -> ByteStream:
+            raise AssertionError(peer)
+
+        super().__init__(SPEC, b"", 0.5, unused, random.Random(0))
+        self._givers = givers
+
+    async def fetch(self, peer: PeerId, base_hash: bytes) -> dict[str, Array] | None:
+        if peer not in self._givers:
+            await trio.sleep_forever()
+        return {"base": np.frombuffer(base_hash, np.uint8)}
+
+
+async def fetched(tmp_path: Path, manifests: list[Manifest], givers: Set[str]) -> list[bool]:
+    """Whether the base of each comes from owners of which only these give any."""
+
+    def decode(data: bytes) -> Manifest:
+        raise AssertionError(data)
+
+    swarm_id = manifests[0].header.swarm
+    with Store(
+        tmp_path, LAYOUT, swarm=swarm_id, keep_rounds=1, fill_max_age=1, decode=decode
+    ) as store:
+        bases = Bases(
+            LAYOUT, store, Checkpoints(tmp_path, SPEC), Owners(givers), bytes(32), BASE_PATIENCE
+        )
+        found = await bases.fetch(manifests, await bases.of(manifests))
+    return [found[manifest.update] is not None for manifest in manifests]
+
+
+async def test_who_stalls_keeps_no_other_base_from_being_fetched(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    stalls, gives = sorted(
+        (update(1, "a"), update(2, "b")), key=lambda manifest: manifest.header.base_hash
+    )
+    assert await fetched(tmp_path, [stalls, gives], {gives.owner}) == [False, True]
+    assert trio.current_time() <= BASE_PATIENCE
+
+
+async def test_who_stalls_keeps_no_other_owner_of_a_base_from_being_asked(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    owners = sorted((update(1, name) for name in "abcd"), key=lambda manifest: manifest.owner)
+    assert await fetched(tmp_path, owners, {owners[-1].owner}) == [True] * 4
+    assert trio.current_time() <= BASE_PATIENCE
+
+
+async def test_start_weights_are_given_and_a_damaged_base_is_as_none() -> None:
+    async def look(member: Member, round: int) -> None:
+        if round != 2:
+            return
+        node, rounds = member.node, member.node._rounds
+        path = rounds._checkpoints.path(0)
+        sound = path.read_bytes()
+        own = node._exchange.swarm.ledger.update_of(member.id, 1)
+        assert own is not None
+        assert node.kept_state(own.manifest.header.base_hash) == (1, len(sound))
+        for content in (sound, sound[:-1] + bytes([sound[-1] ^ 1]), sound[:-1]):
+            path.unlink()  # the old file may be mapped
+            path.write_bytes(content)
+            found = await rounds.bases.of([own.manifest])
+            assert (found[own.manifest.update] is not None) == (content == sound)
+            seen.append(member.number)
+
+    seen: list[int] = []
+    async with members_of(2, before_exchange=look, chunk=CHANGES) as members:
+        await all_done(members)
+    assert sorted(seen) == [1, 1, 1, 2, 2, 2]
 
 
 async def test_a_base_that_is_not_here_is_fetched_from_who_has_it() -> None:
@@ -142,7 +226,9 @@ async def test_a_change_of_weights_that_nobody_has_is_left_out_and_told() -> Non
         assert told.pop(strange) == "another base"
         assert set(told.values()) == {"complete"}
     assert members[1].reports[1].model_hash == members[2].reports[1].model_hash
-    assert set(statuses(members[0]).values()) == {"complete"}  # it fetched theirs
+    told = statuses(members[0])
+    assert told.pop(strange) == "another base"  # its checkpoint is not what the hash says
+    assert set(told.values()) == {"complete"}  # it fetched theirs
 
 
 def comings(member: Process, of: str) -> int:
