@@ -102,7 +102,7 @@ def aggregate(
     """
     refused: list[RefusedChunk] = []
     untouched = 0
-    scratch = _Scratch(layout)
+    scratch = _Scratch(layout, is_wide=aggregator.optimizer is not None)
     for listed in sources.values():
         _check_sources(listed)
     origin = _Origin(read, start, bases)
@@ -173,11 +173,19 @@ class _Version:
 
 
 class _Scratch:
-    """Memory that is used again for every chunk."""
+    """Memory that is used again for every chunk.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        is_wide: whether what is merged of half floats is float32, for a step from it.
+    """
+
+    def __init__(self, layout: Layout, *, is_wide: bool) -> None:
         self._layout = layout
-        sizes = (chunk.payload_bytes + ALIGNMENT * len(chunk.slices) for chunk in layout.chunks)
+        self._is_wide = is_wide
+        factor = 2 if is_wide else 1
+        sizes = (
+            factor * chunk.payload_bytes + ALIGNMENT * len(chunk.slices) for chunk in layout.chunks
+        )
         self._merged = np.empty(max(sizes, default=0), np.uint8)
         size = min(TILE, max((tensor.size for tensor in layout.spec.tensors), default=0))
         self.accumulator = np.empty(size, np.float64)
@@ -189,7 +197,8 @@ class _Scratch:
         offset = 0
         for part in chunk.slices:
             shape = self._layout.slice_shape(part)
-            dtype = NUMPY_DTYPES[self._layout.spec.tensors[part.tensor].dtype]
+            name = self._layout.spec.tensors[part.tensor].dtype
+            dtype = NUMPY_DTYPES["F32" if self._is_wide and name in ("BF16", "F16") else name]
             array: Array = np.ndarray(shape, dtype, buffer=self._merged.data, offset=offset)
             arrays.append(array)
             offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
@@ -289,7 +298,9 @@ def _combine_chunk(
                 raise LocalProtocolError(
                     f"aggregator {aggregator.name!r} gave no finite value per element"
                 )
-            out[begin:end] = float64_to_bfloat16(result) if dtype == "BF16" else result
+            out[begin:end] = (
+                float64_to_bfloat16(result) if out.dtype == NUMPY_DTYPES["BF16"] else result
+            )
 
 
 def _keep_chunk(
@@ -315,7 +326,10 @@ def _keep_chunk(
             m, v = (slice_of(np.asarray(origin.start[name]), part) for name in names)
             if delivered:
                 begun = slice_of(np.asarray(origin.start[tensor.name]), part)
-                m, v = step_slice(aggregator.optimizer, tensor.dtype, begun, array, (m, v))
+                mean_of_all, array = array, np.empty_like(begun)
+                m, v = step_slice(
+                    aggregator.optimizer, tensor.dtype, begun, mean_of_all, (m, v), array
+                )
             for name, moment in zip(names, (m, v), strict=True):
                 keep(TensorSlice(places[name], part.start, part.stop), moment)
         keep(part, array)
@@ -373,10 +387,11 @@ def _average(
 ) -> bool:
     is_float = dtype in FLOAT_DTYPES
     if len(parts) == 1 or not is_float:
-        out[...] = parts[0][1]
+        is_wide = out.dtype != parts[0][1].dtype
+        out[...] = floats(dtype, parts[0][1]) if is_wide else parts[0][1]
         for _, values in parts[1:]:
             np.maximum(out, values, out=out)
-        return not is_float or all_finite(dtype, out)
+        return not is_float or all_finite(dtype, parts[0][1])
     if dtype == "F64" and not all(all_finite(dtype, values) for _, values in parts):
         return False  # asked first: finite doubles may overflow in their sum
     for begin in range(0, out.size, TILE):
@@ -392,5 +407,5 @@ def _average(
             # what is not finite stays so in every sum: one look at the sum is one at each version.
             if not np.isfinite(acc).all():
                 return False
-        out[begin:end] = float64_to_bfloat16(acc) if dtype == "BF16" else acc
+        out[begin:end] = float64_to_bfloat16(acc) if out.dtype == NUMPY_DTYPES["BF16"] else acc
     return True

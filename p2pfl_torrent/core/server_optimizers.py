@@ -85,28 +85,36 @@ def state_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def step_slice(
-    optimizer: ServerOptimizer, dtype: str, start: Array, mean: Array, moments: tuple[Array, Array]
+    optimizer: ServerOptimizer,
+    dtype: str,
+    start: Array,
+    mean: Array,
+    moments: tuple[Array, Array],
+    out: Array,
 ) -> tuple[Array, Array]:
-    """Turn the mean of a float slice, in place, into its new weights; its new moments.
+    """Write the new weights of a float slice to ``out``, which may be ``mean``; its new moments.
 
     Weights that leave their dtype's range become the largest it has.
 
     Args:
         start: the slice's round-start weights; ``moments`` those of the round's start, unchanged.
+        mean: of ``dtype``, or float32, so that of half floats no small change is rounded away.
     """
     first, second = (np.array(moment, order="C") for moment in moments)
-    begun, out = start.reshape(-1), mean.reshape(-1)
+    begun, merged, flat = start.reshape(-1), mean.reshape(-1), out.reshape(-1)
+    mean_dtype = "F32" if mean.dtype == np.float32 else dtype
     flat_m, flat_v = first.reshape(-1), second.reshape(-1)
     largest = _largest(_moment_dtype(dtype))
-    for begin in range(0, out.size, TILE):
+    for begin in range(0, flat.size, TILE):
         cut = slice(begin, begin + TILE)
-        x, a = (floats(dtype, values[cut]).astype(np.float64) for values in (begun, out))
+        x = floats(dtype, begun[cut]).astype(np.float64)
+        a = floats(mean_dtype, merged[cut]).astype(np.float64)
         m, v = flat_m[cut].astype(np.float64), flat_v[cut].astype(np.float64)
         with np.errstate(over="ignore"):
             stepped = optimizer.step(x, a, m, v, largest)
         flat_m[cut], flat_v[cut] = m, v
         stepped = np.clip(stepped, -_largest(dtype), _largest(dtype))
-        out[cut] = float64_to_bfloat16(stepped) if dtype == "BF16" else stepped
+        flat[cut] = float64_to_bfloat16(stepped) if dtype == "BF16" else stepped
     return first, second
 
 

@@ -136,8 +136,30 @@ def test_after_an_absurd_mean_the_weights_stay_within_the_steps(
     largest = np.finfo(of).max
     for number in range(10):
         mean = np.array([-largest, largest] if number == 0 else [0.5, -0.5], of)
-        moments = step_slice(optimizer, dtype, w, mean, moments)
+        moments = step_slice(optimizer, dtype, w, mean, moments, mean)
         w = mean
         # A step is at most lr |m| / sqrt(v), and that at most (1 - b1) / sqrt(1 - b2) < 10.
         assert np.abs(w.astype(np.float64)).max() <= 1.0 + 10 * rate * (number + 1)
         assert all(np.isfinite(moment.astype(np.float64)).all() for moment in moments)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_the_mean_of_half_floats_is_not_rounded_before_the_step(dtype: str) -> None:
+    """1 and the value after it: their mean is halfway, and rounded it would be 1, no change."""
+    spec = ModelSpec((TensorSpec("w", dtype, (4,)),))
+    layout = plan(spec, num_chunks=1, block_size=64)
+    one, ulp = (0x3F80, 2.0**-7) if dtype == "BF16" else (0x3C00, 2.0**-10)
+    bits = {name: np.full(4, one + more, np.uint16) for name, more in (("a", 0), ("b", 1))}
+    updates = {n: {"w": a if dtype == "BF16" else a.view(np.float16)} for n, a in bits.items()}
+    aggregator = make_aggregator("fedadam", TERMS)
+    found: list[Array] = []
+    aggregate(
+        layout,
+        {0: [(PeerId(n), UpdateId(n.encode()), 1.0) for n in updates]},
+        lambda update, chunk: encode_chunk(layout, chunk, updates[update.decode()]),
+        aggregator.first_state(spec, updates["a"]),
+        lambda part, rows: found.append(np.array(rows)),
+        aggregator=aggregator,
+    )
+    moment = next(rows for rows in found if rows.dtype == np.float32)
+    np.testing.assert_allclose(moment.astype(np.float64), 0.2 * ulp / 2, rtol=1e-6)
