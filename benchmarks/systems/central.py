@@ -17,7 +17,7 @@ import trio
 
 from benchmarks.member import next_line
 from benchmarks.systems.child import SAMPLES, Task, cpu_seconds, read_task, tell
-from p2pfl_torrent.core.aggregation import average_slice
+from p2pfl_torrent.core.averaging import average_slice
 from p2pfl_torrent.overlay.host import Host, open_host
 from p2pfl_torrent.overlay.identity import Identity
 from p2pfl_torrent.overlay.stream import Stream

@@ -136,6 +136,13 @@ class PeerConfig:
                 f"federate.importance_weighting is on, but {federate.aggregator} has no weights: "
                 "turn it off, or choose another federate.aggregator."
             )
+        needed = 2 * federate.byzantine + 3
+        if federate.aggregator in ("krum", "multi_krum") and federate.client_num < needed:
+            raise ConfigError(
+                f"federate.byzantine is {federate.byzantine}: for that {federate.aggregator} needs "
+                f"federate.client_num of at least {needed}, not {federate.client_num}; raise that, "
+                "or lower federate.byzantine."
+            )
         return self
 
     def _check_mode(self, aggregator: Aggregator) -> None:
@@ -146,6 +153,7 @@ class PeerConfig:
                 f"federate.aggregator: {aggregator.name}": aggregator.optimizer is not None,
                 "chunk.delta": self.chunk.delta,
                 "chunk.compression: topk": self.chunk.compression == "topk",
+                "bittorrent.fill: recycle": self.bittorrent.fill == "recycle",
             }
             for what, is_on in needs.items():
                 if is_on:

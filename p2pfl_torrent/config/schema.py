@@ -374,17 +374,18 @@ class BittorrentSection:
         least=0,
         most=1000,
     )
-    fill: Literal["last", "renormalise", "round_start"] = key(
+    fill: Literal["last", "recycle", "renormalise", "round_start"] = key(
         "last",
         GENESIS,
-        "what stands in for an owner's missing chunk: its last received one, nothing, or the "
-        "round-start value",
+        "what stands in for an owner's missing chunk: its last received one, the change that this "
+        "made then added to the round-start value, nothing, or the round-start value",
         "the last one kept peers closest in trials",
     )
     fill_decay: float = key(
         0.7,
         GENESIS,
-        "factor on the weight of a chunk that `fill: last` put in, for each round of its age",
+        "factor on the weight of a chunk that `fill: last` or `recycle` put in, for each round of "
+        "its age",
         "old values pull a model back: below 1 gains where 20% or more arrives, little is lost at "
         "10% (docs/results)",
         above=0,

@@ -14,6 +14,7 @@ from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.rounds import quorum
 
+FROM_BEFORE = ("last", "recycle")  # fill rules that take an owner's older chunk
 SMALLEST_FACTOR = 2.0**-40  # of a fill's weight: next to fresh values nothing, alone everything
 
 
@@ -230,7 +231,7 @@ def _fills(
 
     What was not wanted of this update is not missing.
     """
-    if known.is_here or terms.fill != "last":
+    if known.is_here or terms.fill not in FROM_BEFORE:
         return {}
     fills = {}
     for chunk in known.wanted:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.aggregation import Source
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.genesis import Terms
+from p2pfl_torrent.core.manifest import UpdateId
+from p2pfl_torrent.core.versions import Source
 
 
 def contributions(layout: Layout, close: ev.CloseRound, terms: Terms) -> dict[int, list[Source]]:
@@ -29,6 +30,16 @@ def contributions(layout: Layout, close: ev.CloseRound, terms: Terms) -> dict[in
                 factor = importance_factor(count.manifest.entries[chunk].rank, total)
             chunks[chunk].append((owner, update, weight * factor))
     return chunks
+
+
+def recycled(close: ev.CloseRound, terms: Terms) -> frozenset[UpdateId]:
+    """The old updates of which the change is taken, not the values.
+
+    An update either counts in a round or fills, so that which of its chunks does not matter.
+    """
+    if terms.rounds.fill != "recycle":
+        return frozenset()
+    return frozenset(fill.update for count in close.counts for fill in count.fills.values())
 
 
 def importance_factor(rank: int, total: int) -> float:

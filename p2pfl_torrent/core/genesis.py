@@ -61,8 +61,8 @@ class RoundTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         max_staleness: rounds by which an update may be late and still count, discounted.
         fill_max_age: rounds for which an owner's last received chunk may fill a missing one.
         max_num_samples: bound on any owner's weight.
-        fill: what stands in for a missing chunk: "last", "renormalise" or "round_start"; not
-            encoded where it is "last".
+        fill: what stands in for a missing chunk: "last", "recycle", "renormalise" or
+            "round_start"; not encoded where it is "last".
         fill_decay: factor on such a chunk's weight per round of its age; not encoded where 1.
         critical_share: share of an update's chunks, those ranked highest, with which it is viable;
             not encoded where it is ``CRITICAL_SHARE``.

@@ -1,12 +1,13 @@
 """The models that updates began from, and what this peer's own updates left out.
 
-Of use only where the swarm sends changes (``chunk.delta``, ``topk``).
+Of use only where the swarm sends changes (``chunk.delta``, ``topk``), or fills with them
+(``bittorrent.fill: recycle``).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,14 +39,12 @@ class Bases:
 
     def __init__(
         self,
-        layout: Layout,
         store: Store,
         checkpoints: Checkpoints,
         catch_up: CatchUp,
         initial: bytes,
         patience: float,
     ) -> None:
-        self._is_needed = layout.compression.needs_base
         self._store = store
         self._checkpoints = checkpoints
         self._catch_up = catch_up
@@ -53,7 +52,7 @@ class Bases:
         self._patience = patience
 
     async def of(self, manifests: Iterable[Manifest]) -> dict[UpdateId, Arrays | None]:
-        """The base of each, mapped; None where it is not here, or nothing needs it."""
+        """The base of each, mapped; None where it is not here."""
         named = {manifest.update: manifest.header.base_hash for manifest in manifests}
         found = {base: await self._find(base) for base in set(named.values())}
         return {update: found[base] for update, base in named.items()}
@@ -67,7 +66,7 @@ class Bases:
         updates began. Each may take ``patience`` seconds, and an owner of it a share of them: who
         names a base that nobody has, or gives it slowly, keeps no other from being fetched.
         """
-        missing = self.missing(bases)
+        missing = missing_of(bases)
         owners: defaultdict[bytes, list[PeerId]] = defaultdict(list)
         for manifest in manifests:
             if manifest.update in missing:
@@ -95,13 +94,7 @@ class Bases:
             for update, base in bases.items()
         }
 
-    def missing(self, bases: dict[UpdateId, Arrays | None]) -> set[UpdateId]:
-        """The updates that cannot be read for want of their base."""
-        return {update for update, base in bases.items() if base is None and self._is_needed}
-
     async def _find(self, base_hash: bytes) -> Arrays | None:
-        if not self._is_needed:
-            return None
         round = self.round_of(base_hash)
         if round is None or not self._checkpoints.path(round).exists():
             return None
@@ -113,6 +106,11 @@ class Bases:
     def round_of(self, base_hash: bytes) -> int | None:
         """The round that ended here with these weights, 0 for the swarm's first; None if none."""
         return 0 if base_hash == self._initial else self._store.round_of(base_hash)
+
+
+def missing_of(bases: Mapping[UpdateId, Arrays | None]) -> set[UpdateId]:
+    """The updates that cannot be read for want of their base."""
+    return {update for update, base in bases.items() if base is None}
 
 
 class Residuals:

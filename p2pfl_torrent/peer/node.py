@@ -434,7 +434,7 @@ class Node:
 
     def kept_state(self, base_hash: bytes) -> tuple[int, int] | None:
         """Start weights of an earlier round, where others may need them to read a change."""
-        if not self._layout.compression.needs_base:
+        if not self._rounds.keeps_bases:
             return None
         before = self._rounds.bases.round_of(base_hash)
         size = None if before is None else self._checkpoint_size(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,11 @@ import msgspec
 import trio
 
 from p2pfl_torrent.core import events as ev
-from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate, all_finite
+from p2pfl_torrent.core.aggregation import AggregateResult, aggregate
 from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.chunking import Layout, slice_of
 from p2pfl_torrent.core.compression import Compression
-from p2pfl_torrent.core.contributions import contributions
+from p2pfl_torrent.core.contributions import contributions, recycled
 from p2pfl_torrent.core.encoding import KeepUnsent, decode_file, encode_file
 from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms
@@ -23,8 +23,9 @@ from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_ma
 from p2pfl_torrent.core.peers import PeerId, Sign
 from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport, RoundStarted
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
+from p2pfl_torrent.core.versions import Source, all_finite
 from p2pfl_torrent.exchange.driver import Exchange
-from p2pfl_torrent.peer.bases import Bases, Residuals
+from p2pfl_torrent.peer.bases import Bases, Residuals, missing_of
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
 from p2pfl_torrent.peer.closings import owner_reports
 from p2pfl_torrent.peer.feed import EventFeed
@@ -39,9 +40,9 @@ KEPT_CHECKPOINTS = 3  # the current start weights, and two more that others may 
 
 def kept_checkpoints(compression: Compression, terms: RoundTerms) -> int:
     """How many a peer keeps: of changes, also what late updates and old fills began from."""
-    if not compression.needs_base:
-        return KEPT_CHECKPOINTS
-    oldest = max(terms.max_staleness, terms.fill_max_age if terms.fill == "last" else 0)
+    oldest = terms.max_staleness if compression.needs_base else 0
+    if terms.fill == "recycle" or (terms.fill == "last" and compression.needs_base):
+        oldest = max(oldest, terms.fill_max_age)
     return max(KEPT_CHECKPOINTS, oldest + 1)
 
 
@@ -118,8 +119,10 @@ class Rounds:
         self._feed = feed
         self._enabled = enabled
         patience = FETCH_SHARE * genesis.terms.rounds.exchange_timeout
-        self.bases = Bases(layout, store, checkpoints, catch_up, self.base_hash, patience)
+        self.bases = Bases(store, checkpoints, catch_up, self.base_hash, patience)
         self._residuals = residuals
+        fills_by_change = genesis.terms.rounds.fill == "recycle"
+        self.keeps_bases = layout.compression.needs_base or fills_by_change
         self._kept_checkpoints = kept_checkpoints(layout.compression, genesis.terms.rounds)
         self._is_called = False
         self._underway: _Underway | None = None
@@ -354,10 +357,11 @@ class Rounds:
         layout = self._layout
         known = self._exchange.swarm.ledger.update_of(self._local, self.round - 1)
         if known is not None and known.held.complete:
-            update, bases = known.manifest.update, await self.bases.of([known.manifest])
-            if not self.bases.missing(bases):
+            update, needed = known.manifest.update, layout.compression.needs_base
+            base = (await self.bases.of([known.manifest]))[update] if needed else None
+            if base is not None or not needed:
                 return lambda chunk: decode_file(
-                    layout, chunk, self._store.chunk(update, chunk), bases[update]
+                    layout, chunk, self._store.chunk(update, chunk), base
                 )
         start = self._checkpoints.load(self.round - 1)
         tensors = layout.spec.tensors
@@ -372,15 +376,18 @@ class Rounds:
         metrics: Mapping[str, float],
     ) -> Merged:
         chunks = contributions(self._layout, close, self._genesis.terms)
-        manifests = self._manifests(chunks)
+        changes = recycled(close, self._genesis.terms)
+        manifests = self._with_bases(chunks, changes)
         bases = await self.bases.fetch(manifests, await self.bases.of(manifests))
-        baseless = self.bases.missing(bases)
+        baseless = missing_of(bases)
         chunks = {
             chunk: [source for source in sources if source[1] not in baseless]
             for chunk, sources in chunks.items()
         }
         start = self._checkpoints.load(self.round - 1)
-        result, new_hash = await trio.to_thread.run_sync(self._average, chunks, start, bases)
+        result, new_hash = await trio.to_thread.run_sync(
+            self._average, chunks, start, bases, changes
+        )
         swarm = self._exchange.swarm
         received = sum(
             swarm.fetching.bytes_received.get(count.manifest.update, 0) for count in close.counts
@@ -419,9 +426,14 @@ class Rounds:
         self.resume(self.round + 1, new_hash)
         return Merged(self.weights(self._checkpoints.load(self.round - 1)), report)
 
-    def _manifests(self, chunks: Mapping[int, Sequence[Source]]) -> list[Manifest]:
+    def _with_bases(
+        self, chunks: Mapping[int, Sequence[Source]], changes: Set[UpdateId]
+    ) -> list[Manifest]:
+        """The manifests of what can be merged only with its base."""
         ledger = self._exchange.swarm.ledger
         updates = {update for sources in chunks.values() for _, update, _ in sources}
+        if not self._layout.compression.needs_base:
+            updates &= changes
         return [ledger[update].manifest for update in updates if update is not None]
 
     def _average(
@@ -429,6 +441,7 @@ class Rounds:
         chunks: Mapping[int, Sequence[Source]],
         start: Arrays,
         bases: Mapping[UpdateId, Arrays | None],
+        changes: Set[UpdateId],
     ) -> tuple[AggregateResult, bytes]:
         """Average into this round's checkpoint, in a worker thread; also the aggregate's hash."""
         with self._checkpoints.draft(self.round) as draft:
@@ -438,8 +451,9 @@ class Rounds:
                 self._store.chunk,
                 start,
                 draft.put,
-                bases.__getitem__,
+                bases.get,
                 self._aggregator,
+                changes,
             )
             new_hash = draft.model_hash()
         self._checkpoints.prune(self._kept_checkpoints)

@@ -19,9 +19,8 @@ from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
-from p2pfl_torrent.core.contributions import contributions
+from p2pfl_torrent.core.contributions import contributions, recycled
 from p2pfl_torrent.core.encoding import decode_file, encode_file
-from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.manifest import UpdateId, block_hashes, make_manifest
 from p2pfl_torrent.core.overlap import carry_over
 from p2pfl_torrent.core.peers import PeerId
@@ -115,18 +114,16 @@ class Federation:
     ) -> None:
         self.world = make_world(self._closed, self._missed)
         self.learners = dict(learners)
-        self.models: dict[PeerId, Arrays] = dict.fromkeys(self.learners, start)
         self.rounds: dict[PeerId, int] = {}
         self.outcomes: list[Outcome] = []
         self._told = told
         self._published = published
         agreed = self.world.genesis.terms
         self._aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
-        if self._aggregator.optimizer is not None:
-            raise ConfigError(
-                f"federate.aggregator is {agreed.aggregator}, whose moments a simulation does not "
-                "carry: use real peers, or another aggregator."
-            )
+        spec = self.world.layout.spec
+        self._state_spec = self._aggregator.state_spec(spec)
+        first = self._aggregator.first_state(spec, start)
+        self._states: dict[PeerId, Arrays] = dict.fromkeys(self.learners, first)
         self._terms = agreed.rounds
         self._delivered: dict[PeerId, dict[int, list[Array]]] = {}
         self._unsent: dict[PeerId, Arrays] = {}
@@ -139,6 +136,14 @@ class Federation:
         for peer in self.learners:
             self.world.add(peer)
         self._draw_overlay()
+
+    @property
+    def models(self) -> dict[PeerId, Arrays]:
+        """Each peer's merged weights, without what an aggregator keeps besides."""
+        return {peer: self._weights(state) for peer, state in self._states.items()}
+
+    def _weights(self, state: Arrays) -> Arrays:
+        return {tensor.name: state[tensor.name] for tensor in self.world.layout.spec.tensors}
 
     # --- the run -----------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Federation:
         peer, layout = node.name, self.world.layout
         if node.killed or self.world.nodes[peer] is not node or self.rounds[peer] != round:
             return
-        learner, start = self.learners[peer], self.models[peer]
+        learner, start = self.learners[peer], self._weights(self._states[peer])
         own = node.swarm.ledger.update_of(peer, round)
         if own is not None:  # published before it died: a second one would be equivocation
             if self._overlaps:
@@ -214,7 +219,7 @@ class Federation:
             ]
 
         ranks = learner.ranks(layout, trained, last)
-        base_hash = self._remember_start(start)
+        base_hash = self._remember_start(self._states[peer])
         files = self._encoded(peer, trained, start)
         manifest = make_manifest(
             layout=layout,
@@ -254,7 +259,7 @@ class Federation:
 
     def _remember_start(self, start: Arrays) -> bytes:
         """Keep what an update began from for as long as the update may be counted or fill."""
-        digest = model_hash(self.world.layout.spec, start)
+        digest = model_hash(self._state_spec, start)
         self._starts.pop(digest, None)
         self._starts[digest] = start
         rounds = max(self._terms.fill_max_age, self._terms.max_staleness) + 2
@@ -309,21 +314,27 @@ class Federation:
     # --- how a round ends --------------------------------------------------------------------
 
     def _closed(self, node: Node, close: ev.CloseRound) -> None:
-        layout, start = self.world.layout, self.models[node.name]
+        layout, start = self.world.layout, self._states[node.name]
         merged = {name: np.empty_like(array) for name, array in start.items()}
 
         def keep(part: TensorSlice, rows: Array) -> None:
-            name = layout.spec.tensors[part.tensor].name
-            target = merged[name]
+            target = merged[self._state_spec.tensors[part.tensor].name]
             slice_of(target, part)[...] = rows
 
-        agreed = self.world.genesis.terms
-        sources = contributions(layout, close, agreed)
-
-        def base(update: UpdateId) -> Arrays | None:
+        def base_of(update: UpdateId) -> Arrays | None:
             return self._starts.get(node.manifests[update].header.base_hash)
 
-        aggregate(layout, sources, node.read, start, keep, base, self._aggregator)
+        agreed = self.world.genesis.terms
+        aggregate(
+            layout,
+            contributions(layout, close, agreed),
+            node.read,
+            start,
+            keep,
+            base_of,
+            self._aggregator,
+            recycled(close, agreed),
+        )
         self._has(node, close.round, merged, close.completeness, taken_over=False)
 
     def _missed(self, node: Node, round: int) -> None:
@@ -342,24 +353,24 @@ class Federation:
                 source = min(ahead, key=lambda other: (-self.rounds[other], other))
                 node = self.world.nodes[peer]
                 reached = self.rounds[source] - 1
-                self._has(node, reached, self.models[source], 0.0, taken_over=True)
+                self._has(node, reached, self._states[source], 0.0, taken_over=True)
 
     def _has(
-        self, node: Node, round: int, arrays: Arrays, completeness: float, *, taken_over: bool
+        self, node: Node, round: int, state: Arrays, completeness: float, *, taken_over: bool
     ) -> None:
         peer = node.name
-        self.models[peer] = arrays
+        self._states[peer] = state
         outcome = Outcome(
             peer=peer,
             round=round,
             at=self.world.now,
             completeness=completeness,
             payload_bytes=node.payload_bytes,
-            model_hash=model_hash(self.world.layout.spec, arrays),
+            model_hash=model_hash(self._state_spec, state),
             taken_over=taken_over,
         )
         self.outcomes.append(outcome)
-        self._told(outcome, arrays)
+        self._told(outcome, self._weights(state))
         # Not at once: this runs while the machine's effects are being applied.
         self.world.at(self.world.now, lambda: self._go_on(node, round + 1, taken_over))
 

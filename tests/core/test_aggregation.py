@@ -18,9 +18,9 @@ from p2pfl_torrent.core.aggregation import (
     MAX_WEIGHT,
     AggregateResult,
     aggregate,
-    average_slice,
     discount,
 )
+from p2pfl_torrent.core.averaging import average_slice
 from p2pfl_torrent.core.chunking import (
     Layout,
     TensorSlice,

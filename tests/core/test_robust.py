@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from p2pfl_torrent.core.aggregation import AggregateResult, Source, aggregate
+from p2pfl_torrent.core.aggregation import AggregateResult, aggregate
 from p2pfl_torrent.core.aggregators import (
     AggregationTerms,
     Aggregator,
@@ -27,6 +27,7 @@ from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import Distances, squared_distance, trimmed_mean
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
+from p2pfl_torrent.core.versions import Source
 from tests.core.small_ledgers import WORLD, update
 from tests.core.small_models import same_bits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pfl_torrent.core.aggregation import Source, aggregate
+from p2pfl_torrent.core.aggregation import aggregate
 from p2pfl_torrent.core.aggregators import AggregationTerms, make_aggregator
 from p2pfl_torrent.core.chunking import TensorSlice, encode_chunk, plan, slice_of
+from p2pfl_torrent.core.compression import Compression
+from p2pfl_torrent.core.encoding import encode_file
 from p2pfl_torrent.core.manifest import UpdateId
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.server_optimizers import ServerOptimizer, step_slice
 from p2pfl_torrent.core.tensors import Array, ModelSpec, TensorSpec
+from p2pfl_torrent.core.versions import Source
 from tests.core.small_models import same_bits
 
 SPEC = ModelSpec((TensorSpec("w", "F32", (8, 2)), TensorSpec("n", "I64", (3,))))
@@ -144,10 +148,16 @@ def test_after_an_absurd_mean_the_weights_stay_within_the_steps(
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_the_mean_of_half_floats_is_not_rounded_before_the_step(dtype: str) -> None:
+@pytest.mark.parametrize("zstd_level", [0, 1])
+@pytest.mark.parametrize(("owners", "change"), [("ab", 0.5), ("b", 1.0)])
+def test_the_mean_of_half_floats_is_not_rounded_before_the_step(
+    dtype: str, zstd_level: int, owners: str, change: float
+) -> None:
     """1 and the value after it: their mean is halfway, and rounded it would be 1, no change."""
     spec = ModelSpec((TensorSpec("w", dtype, (4,)),))
-    layout = plan(spec, num_chunks=1, block_size=64)
+    layout = replace(
+        plan(spec, num_chunks=1, block_size=64), compression=Compression(zstd_level=zstd_level)
+    )
     one, ulp = (0x3F80, 2.0**-7) if dtype == "BF16" else (0x3C00, 2.0**-10)
     bits = {name: np.full(4, one + more, np.uint16) for name, more in (("a", 0), ("b", 1))}
     updates = {n: {"w": a if dtype == "BF16" else a.view(np.float16)} for n, a in bits.items()}
@@ -155,11 +165,11 @@ def test_the_mean_of_half_floats_is_not_rounded_before_the_step(dtype: str) -> N
     found: list[Array] = []
     aggregate(
         layout,
-        {0: [(PeerId(n), UpdateId(n.encode()), 1.0) for n in updates]},
-        lambda update, chunk: encode_chunk(layout, chunk, updates[update.decode()]),
+        {0: [(PeerId(n), UpdateId(n.encode()), 1.0) for n in owners]},
+        lambda update, chunk: b"".join(encode_file(layout, chunk, updates[update.decode()])),
         aggregator.first_state(spec, updates["a"]),
         lambda part, rows: found.append(np.array(rows)),
         aggregator=aggregator,
     )
     moment = next(rows for rows in found if rows.dtype == np.float32)
-    np.testing.assert_allclose(moment.astype(np.float64), 0.2 * ulp / 2, rtol=1e-6)
+    np.testing.assert_allclose(moment.astype(np.float64), 0.2 * ulp * change, rtol=1e-6)

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from p2pfl_torrent.core import messages as m
-from p2pfl_torrent.core.aggregation import average_slice, discount
+from p2pfl_torrent.core.aggregation import discount
 from p2pfl_torrent.core.architecture import Architecture, Group, Part, plan_by_architecture
+from p2pfl_torrent.core.averaging import average_slice
 from p2pfl_torrent.core.chunking import Layout, decode_chunk, encode_chunk, plan, slice_of
 from p2pfl_torrent.core.compression import Compression
 from p2pfl_torrent.core.encoding import decode_file, encode_file

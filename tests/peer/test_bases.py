@@ -86,6 +86,8 @@ def test_what_is_not_finite_is_left_out_no_longer(tmp_path: Path) -> None:
         ("topk", "renormalise", 20, 1, KEPT_CHECKPOINTS),
         ("topk", "renormalise", 20, 9, 10),
         ("none", "last", 20, 9, KEPT_CHECKPOINTS),
+        ("none", "recycle", 20, 30, 21),
+        ("topk", "recycle", 20, 30, 31),
     ],
 )
 def test_no_more_models_are_kept_than_updates_may_begin_from(
@@ -151,9 +153,7 @@ async def fetched(tmp_path: Path, manifests: list[Manifest], givers: Set[str]) -
     with Store(
         tmp_path, LAYOUT, swarm=swarm_id, keep_rounds=1, fill_max_age=1, decode=decode
     ) as store:
-        bases = Bases(
-            LAYOUT, store, Checkpoints(tmp_path, SPEC), Owners(givers), bytes(32), BASE_PATIENCE
-        )
+        bases = Bases(store, Checkpoints(tmp_path, SPEC), Owners(givers), bytes(32), BASE_PATIENCE)
         found = await bases.fetch(manifests, await bases.of(manifests))
     return [found[manifest.update] is not None for manifest in manifests]
 

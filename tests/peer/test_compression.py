@@ -100,7 +100,12 @@ async def test_a_hostile_owner_is_named_and_the_round_goes_on(
             assert set(told.values()) == {"complete"}
 
 
-async def test_what_an_old_chunk_began_from_is_kept_while_it_may_fill() -> None:
+@pytest.mark.parametrize(
+    ("chunk", "fill"), [({"delta": True}, "last"), ({}, "recycle")], ids=["delta", "recycle"]
+)
+async def test_what_an_old_chunk_began_from_is_kept_while_it_may_fill(
+    chunk: dict[str, Any], fill: str
+) -> None:
     kept: list[set[int]] = []
 
     async def look(member: Member, round: int) -> None:
@@ -110,9 +115,9 @@ async def test_what_an_old_chunk_began_from_is_kept_while_it_may_fill() -> None:
     async with swarm(
         2,
         before_exchange=look,
-        chunk={"delta": True},
+        chunk=chunk,
         federate={"total_round_num": 7},
-        bittorrent={"fill_max_age": 4},
+        bittorrent={"fill_max_age": 4, "fill": fill},
     ) as members:
         await all_done(members)
     # A chunk of round 3 may fill in round 7, and was trained from the end of round 2.
