@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from p2pfl_torrent.core.aggregators import AggregationTerms, Aggregator, register_aggregator
     from p2pfl_torrent.core.errors import ConfigError, GenesisMismatchError, P2PFLError
     from p2pfl_torrent.core.reports import OwnerReport, PeerEvent, PeerStatistics, RoundReport
-    from p2pfl_torrent.peer import AsyncPeer, GradientStats, Peer, PeerStoppedError
+    from p2pfl_torrent.peer import AsyncPeer, GradientStats, Peer, PeerStoppedError, Scaffold
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "PeerStatistics",
     "PeerStoppedError",
     "RoundReport",
+    "Scaffold",
     "register_aggregator",
 ]
 
@@ -36,7 +37,7 @@ def __getattr__(name: str) -> Any:
     # The peer brings torch and libp2p, seconds to import, the configuration numpy and networkx:
     # only whoever uses them pays for them, and `p2pfl-torrent --help` comes at once.
     home: Any = None
-    if name in ("AsyncPeer", "GradientStats", "Peer", "PeerStoppedError"):
+    if name in ("AsyncPeer", "GradientStats", "Peer", "PeerStoppedError", "Scaffold"):
         from p2pfl_torrent import peer as home
     elif name == "PeerConfig":
         from p2pfl_torrent import config as home

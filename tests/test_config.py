@@ -110,6 +110,8 @@ def test_what_is_left_out_is_the_default(tmp_path: Path, text: str) -> None:
         ("federate: {aggregator: krum}", "which needs federate.client_num of"),
         ("{federate: {mode: fragment}, bittorrent: {fill: recycle}}", "recycle needs a round's st"),
         ("federate: {aggregator: krum, client_num: 4}", "needs federate.client_num of at least 5,"),
+        ("federate: {aggregator: scaffold, overlap: true}", "overlap is on, but scaffold corrects"),
+        ("federate: {mode: neighbour, aggregator: scaffold}", "choose another, or mode: swarm."),
         ("federate: {min_members: 5}", "above federate.client_num (2)"),
         ("network: {listen: [tcp]}", "network.listen: 'tcp' is not of the form"),
         ("network: {bootstrap: [/ip4/1.2.3.4/tcp/1]}", "network.bootstrap"),

@@ -131,6 +131,12 @@ class PeerConfig:
                 f"at least {aggregator.least}, not {federate.client_num}: of fewer updates nobody "
                 "can say which one lies. Raise that, or use fedavg."
             )
+        if federate.overlap and aggregator.has_controls:
+            raise ConfigError(
+                f"federate.overlap is on, but {federate.aggregator} corrects gradients from the "
+                "weights that a round starts from, which then come too late: turn it off, or "
+                "choose another federate.aggregator."
+            )
         if federate.importance_weighting and not aggregator.is_weighted:
             raise ConfigError(
                 f"federate.importance_weighting is on, but {federate.aggregator} has no weights: "
@@ -150,7 +156,9 @@ class PeerConfig:
         mode = self.federate.mode
         if mode in ("neighbour", "fragment"):
             needs = {
-                f"federate.aggregator: {aggregator.name}": aggregator.optimizer is not None,
+                f"federate.aggregator: {aggregator.name}": (
+                    aggregator.optimizer is not None or aggregator.has_controls
+                ),
                 "chunk.delta": self.chunk.delta,
                 "chunk.compression: topk": self.chunk.compression == "topk",
                 "bittorrent.fill: recycle": self.bittorrent.fill == "recycle",
@@ -213,6 +221,7 @@ class PeerConfig:
         Args:
             architecture: what the model is made of; without it, the cut is uniform.
         """
+        spec = make_aggregator(self.federate.aggregator).update_spec(spec)
         num_chunks = max(1, min(self.chunk.num_chunks, spec.nbytes // MIN_CHUNK_BYTES))
         block_size, chosen = self.chunk.block_size, self.chunk.architecture
         if architecture is None or chosen == "uniform":

@@ -154,8 +154,9 @@ class FederateSection:
     aggregator: str = key(
         "fedavg",
         GENESIS,
-        "how updates become one model: `fedavg`, `fedprox`, `fedmedian`, `trimmed_mean`, `krum`, "
-        "`multi_krum`, `fedadam`, `fedyogi`, `fedadagrad`, or one that the program registered",
+        "how updates become one model: `fedavg`, `fedprox`, `scaffold`, `fedmedian`, "
+        "`trimmed_mean`, `krum`, `multi_krum`, `fedadam`, `fedyogi`, `fedadagrad`, or one that the "
+        "program registered",
         "best where all are honest; docs/how-to/aggregators.md says when to use which",
         least=1,
         most=64,

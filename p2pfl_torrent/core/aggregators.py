@@ -13,11 +13,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from p2pfl_torrent.core.controls import with_controls
 from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.robust import LEAST_OWNERS, Distances, Matrix, krum_ranking, trimmed_mean
-from p2pfl_torrent.core.server_optimizers import ServerOptimizer, state_spec, with_moments
-from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
+from p2pfl_torrent.core.server_optimizers import ServerOptimizer, state_spec
+from p2pfl_torrent.core.tensors import NUMPY_DTYPES, Array, Arrays, ModelSpec
 
 MAX_NAME = 64  # characters of an aggregator's name
 
@@ -61,6 +62,7 @@ class Aggregator:
             versions came keeps its round-start value; with ``choose``, that rule sees to it.
         believed: how many of these go into a chunk, of those that delivered it; None: all.
         optimizer: turns the merged values into a step of its own.
+        has_controls: whether updates carry control variates besides the weights.
 
     Raises:
         ConfigError: parts that would be silently left unused.
@@ -73,6 +75,7 @@ class Aggregator:
     least: int = 1
     believed: int | None = None
     optimizer: ServerOptimizer | None = None
+    has_controls: bool = False
 
     def __post_init__(self) -> None:
         if self.choose is not None and self.is_weighted:
@@ -84,13 +87,22 @@ class Aggregator:
                 f"aggregator {self.name!r}: believed counts the best of a ranking; set choose"
             )
 
-    def state_spec(self, spec: ModelSpec) -> ModelSpec:
-        """What a round starts from: the model, with the moments where there is an optimizer."""
-        return spec if self.optimizer is None else state_spec(spec)
+    def update_spec(self, model: ModelSpec) -> ModelSpec:
+        """What peers exchange: the model, with control variates where the rule has them."""
+        return with_controls(model) if self.has_controls else model
 
-    def first_state(self, spec: ModelSpec, weights: Arrays) -> dict[str, Array]:
-        """What the run starts from."""
-        return dict(weights) if self.optimizer is None else with_moments(spec, weights)
+    def state_spec(self, update: ModelSpec) -> ModelSpec:
+        """What a round starts from: ``update_spec``, with the moments of an optimizer."""
+        return update if self.optimizer is None else state_spec(update)
+
+    def first_state(self, update: ModelSpec, weights: Arrays) -> dict[str, Array]:
+        """What the run starts from: the weights, and zeros of all else."""
+        return {
+            tensor.name: weights[tensor.name]
+            if tensor.name in weights
+            else np.zeros(tensor.shape, NUMPY_DTYPES[tensor.dtype])
+            for tensor in self.state_spec(update).tensors
+        }
 
     def of_the_best(self, ranking: Sequence[PeerId], listed: Sequence[_Listed]) -> list[_Listed]:
         """The versions of the best ranked owners that delivered a chunk, in canonical order."""
@@ -152,6 +164,7 @@ _factories: dict[str, Factory] = {
     "fedavg": lambda terms: FEDAVG,
     # Li et al. 2020: the server's part is FedAvg; the proximal term is the user's loss's.
     "fedprox": lambda terms: Aggregator("fedprox"),
+    "scaffold": lambda terms: Aggregator("scaffold", has_controls=True),
     "fedmedian": _median,
     "trimmed_mean": _trimmed,
     "krum": _krum("krum", 1),

@@ -17,7 +17,6 @@ covers them, and whoever takes a state over takes them too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 
 from p2pfl_torrent.core.tensors import (
-    NUMPY_DTYPES,
     Array,
     ModelSpec,
     TensorSpec,
@@ -124,12 +122,3 @@ def _largest(dtype: str) -> float:
 
 def _moment_dtype(dtype: str) -> str:
     return "F64" if dtype == "F64" else "F32"
-
-
-def with_moments(spec: ModelSpec, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Weights with the moments of a run's beginning: zero."""
-    zeros = {
-        tensor.name: np.zeros(tensor.shape, NUMPY_DTYPES[tensor.dtype])
-        for tensor in state_spec(spec).tensors[len(spec.tensors) :]
-    }
-    return {**arrays, **zeros}

@@ -3,6 +3,7 @@
     state      a torch module as named arrays and back
     wrappers   models and names without what torch.compile and DataParallel put around them
     proximal   FedProx's penalty on leaving the round's start
+    scaffold   SCAFFOLD's corrected gradients and control variates
     gradients  statistics of the gradients of the user's training, per chunk
     samples    gradients of samples apart from the training
     norms      norm policies and recomputed running statistics

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from p2pfl_torrent.learning.gradients import GradientStats
+    from p2pfl_torrent.learning.scaffold import Scaffold
     from p2pfl_torrent.peer.blocking import Peer, PeerStoppedError
     from p2pfl_torrent.peer.trio_face import AsyncPeer
 
-__all__ = ["AsyncPeer", "GradientStats", "Peer", "PeerStoppedError"]
+__all__ = ["AsyncPeer", "GradientStats", "Peer", "PeerStoppedError", "Scaffold"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,8 @@ def __getattr__(name: str) -> Any:
         from p2pfl_torrent.peer import blocking as home
     elif name == "GradientStats":
         from p2pfl_torrent.learning import gradients as home
+    elif name == "Scaffold":
+        from p2pfl_torrent.learning import scaffold as home
     elif name == "AsyncPeer":
         from p2pfl_torrent.peer import trio_face as home
     else:

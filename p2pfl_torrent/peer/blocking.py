@@ -16,6 +16,7 @@ from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.errors import P2PFLError
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.learning.gradients import GradientStats
+from p2pfl_torrent.learning.scaffold import Scaffold
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
@@ -51,6 +52,7 @@ class Peer:
         gradients: `GradientStats` of the model and optimizer, for the importance methods
             ``magnitude``, ``snip``, ``fisher``, for ``adaptive`` where it uses one of them, and for
             ``auto`` to choose by the model's architecture.
+        controls: `Scaffold` of the model and optimizer, for ``federate.aggregator: scaffold``.
         on_address: told each multiaddr under which this peer can be reached as soon as it listens,
             in the network's thread; ``print`` will do. Joining takes until the others are there,
             and they may need the address to come.
@@ -68,10 +70,16 @@ class Peer:
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
         gradients: GradientStats | None = None,
+        controls: Scaffold | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
         self._model = LocalModel(
-            config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
+            config,
+            model,
+            evaluate=evaluate,
+            optimizer=optimizer,
+            calibration=calibration,
+            controls=controls,
         )
         self._node = Node(
             config,
@@ -174,7 +182,7 @@ class Peer:
         try:
             _wait(self._ready)
             if self._error is None:
-                self._model.load(self._node.start_weights())
+                self._model.load(self._node.start_weights(), self._node.own_controls())
         except BaseException:  # Ctrl-C, for one: the block is not entered, so nobody would leave it
             self._end(self._scope.cancel)
             raise
@@ -249,7 +257,9 @@ class Peer:
         arrays = self._model.arrays()
         merged = self._call(self._node.exchange, arrays, num_samples, metrics or {})
         finished = partial(self._soon, self._node.finished)
-        return self._model.merged(merged.arrays, merged.report, before, finished)
+        return self._model.merged(
+            merged.arrays, merged.report, merged.own_controls, before, finished
+        )
 
     def _soon(self, function: Callable[..., object], *args: object) -> None:
         try:

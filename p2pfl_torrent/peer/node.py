@@ -38,7 +38,7 @@ from p2pfl_torrent.core.reports import (
     RoundReport,
     TrainingProgress,
 )
-from p2pfl_torrent.core.tensors import Array, ModelSpec, model_hash
+from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec, model_hash
 from p2pfl_torrent.core.topology import neighbours, overlay_seed
 from p2pfl_torrent.exchange.driver import Exchange, TaskStatus
 from p2pfl_torrent.exchange.membership import MembershipDriver
@@ -105,9 +105,10 @@ class Node:
         self.total_rounds = config.federate.total_round_num
         self._on_address = on_address
         aggregator = make_aggregator(config.federate.aggregator)
-        self._spec = aggregator.state_spec(spec)
+        update = aggregator.update_spec(spec)
+        self._spec = aggregator.state_spec(update)
         self._spec.validate()
-        state = aggregator.first_state(spec, weights)
+        state = aggregator.first_state(update, weights)
         self._start: Start | None = Start(state, model_hash(self._spec, state))
         self._layout = config.plan_layout(spec, architecture)
         self._terms = config.terms(spec, self._layout)
@@ -278,8 +279,12 @@ class Node:
         return self._rounds.round if self._overlap is None else self._overlap.round
 
     def start_weights(self) -> dict[str, Array]:
-        """The weights the current round starts from."""
+        """The weights the current round starts from, with the controls where there are some."""
         return self._rounds.weights(self._checkpoints.load(self._rounds.round - 1))
+
+    def own_controls(self) -> Arrays | None:
+        """This peer's control variates to train the current round with; None for zeros."""
+        return self._rounds.own_controls()
 
     async def exchange(
         self, arrays: dict[str, Array], num_samples: int, metrics: Mapping[str, float]

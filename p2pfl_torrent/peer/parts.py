@@ -13,6 +13,7 @@ import trio
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.config.schema import ChosenMethod
 from p2pfl_torrent.core import events as ev
+from p2pfl_torrent.core.aggregators import make_aggregator
 from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout
 from p2pfl_torrent.core.genesis import Genesis
@@ -27,6 +28,7 @@ from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.overlay.identity import Identity, verify
 from p2pfl_torrent.peer.bases import Residuals
 from p2pfl_torrent.peer.catchup import CatchUp, OpenState
+from p2pfl_torrent.peer.controls import OwnControls
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.network import parse_bootstrap
 from p2pfl_torrent.peer.rounds import Rounds
@@ -152,6 +154,11 @@ class Making:
             residuals=(
                 Residuals(self.state_dir, self.layout)
                 if self.layout.compression.codec == "topk"
+                else None
+            ),
+            controls=(
+                OwnControls(self.state_dir, self.layout.spec)
+                if make_aggregator(genesis.terms.aggregator).has_controls
                 else None
             ),
         )

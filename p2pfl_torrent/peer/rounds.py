@@ -28,6 +28,7 @@ from p2pfl_torrent.exchange.driver import Exchange
 from p2pfl_torrent.peer.bases import Bases, Residuals, missing_of
 from p2pfl_torrent.peer.catchup import CatchUp, Taken
 from p2pfl_torrent.peer.closings import owner_reports
+from p2pfl_torrent.peer.controls import OwnControls
 from p2pfl_torrent.peer.feed import EventFeed
 from p2pfl_torrent.peer.scoring import ImportanceScorer, LastDelivered
 from p2pfl_torrent.store import Checkpoints, Store
@@ -57,10 +58,12 @@ class Merged:
     Attributes:
         arrays: read-only views of the mapped checkpoint; None after a solo round: the model stays
             as it is.
+        own_controls: this peer's control variates to train the next round with; None for zeros.
     """
 
     arrays: dict[str, Array] | None
     report: RoundReport
+    own_controls: Arrays | None = None
 
 
 @dataclass(slots=True)
@@ -100,6 +103,7 @@ class Rounds:
         feed: EventFeed,
         enabled: bool,
         residuals: Residuals | None,
+        controls: OwnControls | None,
     ) -> None:
         self.round = 0
         self.base_hash = bytes.fromhex(genesis.initial_hash)
@@ -121,6 +125,7 @@ class Rounds:
         patience = FETCH_SHARE * genesis.terms.rounds.exchange_timeout
         self.bases = Bases(store, checkpoints, catch_up, self.base_hash, patience)
         self._residuals = residuals
+        self._controls = controls
         fills_by_change = genesis.terms.rounds.fill == "recycle"
         self.keeps_bases = layout.compression.needs_base or fills_by_change
         self._kept_checkpoints = kept_checkpoints(layout.compression, genesis.terms.rounds)
@@ -336,6 +341,8 @@ class Rounds:
             blocks=hashes,
             sign=self._sign,
         )
+        if self._controls is not None:
+            await trio.to_thread.run_sync(self._controls.keep, round, arrays)
         self._store.put_manifest(manifest)
         try:
             for index in range(len(layout.chunks)):
@@ -424,7 +431,8 @@ class Rounds:
             [count.manifest.update for count in close.counts],
         )
         self.resume(self.round + 1, new_hash)
-        return Merged(self.weights(self._checkpoints.load(self.round - 1)), report)
+        weights = self.weights(self._checkpoints.load(self.round - 1))
+        return Merged(weights, report, self.own_controls())
 
     def _with_bases(
         self, chunks: Mapping[int, Sequence[Source]], changes: Set[UpdateId]
@@ -460,8 +468,12 @@ class Rounds:
         return result, new_hash
 
     def weights(self, state: Arrays) -> dict[str, Array]:
-        """The model's part of what a round starts from."""
+        """The part of what a round starts from that peers exchange."""
         return {tensor.name: state[tensor.name] for tensor in self._layout.spec.tensors}
+
+    def own_controls(self) -> Arrays | None:
+        """This peer's control variates to train the current round with; None for zeros."""
+        return None if self._controls is None else self._controls.before(self.round)
 
     async def _missed(self, underway: _Underway, metrics: Mapping[str, float]) -> Merged | None:
         """The round went on without us: take over the state that the others go on from."""
@@ -489,7 +501,7 @@ class Rounds:
             attested=taken.attested,
             metrics=dict(metrics),
         )
-        return Merged(self.weights(taken.arrays), report)
+        return Merged(self.weights(taken.arrays), report, self.own_controls())
 
     def _others(self) -> list[PeerId]:
         return sorted(peer for peer in self._exchange.swarm.live if peer != self._local)
@@ -503,6 +515,8 @@ class Rounds:
         if not self._enabled:
             state = {**self._checkpoints.load(round - 1), **arrays}  # the moments stay
             base_hash = await trio.to_thread.run_sync(model_hash, self._state_spec, state)
+            if self._controls is not None:
+                await trio.to_thread.run_sync(self._controls.keep, round, arrays)
             await self.begin(round + 1, state, base_hash)
         report = RoundReport(
             round=round,

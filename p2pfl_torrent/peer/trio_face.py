@@ -13,6 +13,7 @@ import trio
 from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.reports import PeerStatistics, RoundReport
 from p2pfl_torrent.learning.gradients import GradientStats
+from p2pfl_torrent.learning.scaffold import Scaffold
 from p2pfl_torrent.learning.state import Module, Optimizer
 from p2pfl_torrent.peer.feed import DEFAULT_BACKLOG, Subscription
 from p2pfl_torrent.peer.model import Evaluate, LocalModel
@@ -52,10 +53,16 @@ class AsyncPeer:
         optimizer: Optimizer | None = None,
         calibration: Iterable[Any] | None = None,
         gradients: GradientStats | None = None,
+        controls: Scaffold | None = None,
         on_address: Callable[[str], object] | None = None,
     ) -> None:
         self._model = LocalModel(
-            config, model, evaluate=evaluate, optimizer=optimizer, calibration=calibration
+            config,
+            model,
+            evaluate=evaluate,
+            optimizer=optimizer,
+            calibration=calibration,
+            controls=controls,
         )
         self._node = Node(
             config,
@@ -72,7 +79,9 @@ class AsyncPeer:
         await self._stack.__aenter__()
         try:
             await self._stack.enter_async_context(open_node(self._node))
-            await trio.to_thread.run_sync(self._model.load, self._node.start_weights())
+            await trio.to_thread.run_sync(
+                self._model.load, self._node.start_weights(), self._node.own_controls()
+            )
         except BaseException as error:
             # The block is never entered, so nobody else would close what is open.
             with trio.CancelScope(shield=True):
@@ -117,7 +126,12 @@ class AsyncPeer:
         finished = partial(trio.from_thread.run_sync, self._node.finished)
         with trio.CancelScope(shield=True):  # the next round has begun: the model must begin it too
             return await trio.to_thread.run_sync(
-                self._model.merged, merged.arrays, merged.report, before, finished
+                self._model.merged,
+                merged.arrays,
+                merged.report,
+                merged.own_controls,
+                before,
+                finished,
             )
 
     def progress(self, done: int, total: int, loss: float | None = None) -> None:

@@ -21,6 +21,7 @@ from p2pfl_torrent.core.bitfield import Bitfield
 from p2pfl_torrent.core.chunking import Layout, TensorSlice, slice_of
 from p2pfl_torrent.core.contributions import contributions, recycled
 from p2pfl_torrent.core.encoding import decode_file, encode_file
+from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.manifest import UpdateId, block_hashes, make_manifest
 from p2pfl_torrent.core.overlap import carry_over
 from p2pfl_torrent.core.peers import PeerId
@@ -120,6 +121,11 @@ class Federation:
         self._published = published
         agreed = self.world.genesis.terms
         self._aggregator = make_aggregator(agreed.aggregator, agreed.aggregation)
+        if self._aggregator.has_controls:
+            raise ConfigError(
+                f"federate.aggregator is {agreed.aggregator}, whose control variates learners here "
+                "do not make: use real peers, or another aggregator."
+            )
         spec = self.world.layout.spec
         self._state_spec = self._aggregator.state_spec(spec)
         first = self._aggregator.first_state(spec, start)

@@ -11,10 +11,11 @@ import pytest
 from benchmarks import aggregate
 
 
-def test_both_ways_lead_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fedavg", "fedadam"])
+def test_both_ways_lead_to_the_same_bits(tmp_path: Path, name: str) -> None:
     file = tmp_path / "result.json"
     arguments = ["--updates", "3", "--megabytes", "0.5", "--repeats", "1", "--json", str(file)]
-    assert aggregate.main(arguments) == 0
+    assert aggregate.main([*arguments, "--aggregator", name]) == 0
     result = json.loads(file.read_text())
     assert {"gb_per_s", "numpy_gb_per_s", "ratio", "rss_peak_mb"} <= result.keys()
 

@@ -25,7 +25,7 @@ def alone(state_dir: Path) -> Peer:
 def test_an_error_while_the_start_weights_are_loaded_leaves_nothing_running(tmp_path: Path) -> None:
     peer = alone(tmp_path)
 
-    def fail(arrays: object) -> None:
+    def fail(arrays: object, own_controls: object = None) -> None:
         raise KeyboardInterrupt
 
     peer._model.load = fail  # type: ignore[method-assign]

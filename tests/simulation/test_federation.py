@@ -12,6 +12,7 @@ import pytest
 from p2pfl_torrent.core import events as ev
 from p2pfl_torrent.core.chunking import Layout, plan
 from p2pfl_torrent.core.compression import PLAIN, Compression
+from p2pfl_torrent.core.errors import ConfigError
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms, Terms, TopologyTerms
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.scope import Scope
@@ -379,6 +380,11 @@ def test_a_server_optimizers_moments_go_on_from_round_to_round() -> None:
         assert model.keys() == {tensor.name for tensor in MODEL.tensors}
         for array in model.values():
             assert np.allclose(array, weight, rtol=1e-5)
+
+
+def test_controls_that_no_learner_makes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="aggregator is scaffold, whose control variates"):
+        federation("abcd", aggregator="scaffold")
 
 
 def test_who_comes_back_takes_the_moments_over() -> None:
