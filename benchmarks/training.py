@@ -205,7 +205,8 @@ class Bench:
         config: dict[str, object] = {
             "federate": {"client_num": 2, "total_round_num": self._rounds, "join_timeout": 300.0},
             "bittorrent": {"timeout": 600.0, "linger": 0.0},
-            "chunk": {"include": ["layer*"]},
+            # One end of it has torch, which reads the architecture, and the other has not.
+            "chunk": {"include": ["layer*"], "architecture": "uniform"},
             "network": {"bootstrap": list(entry)},
         }
         return Spec(config, place, self._megabytes)

@@ -67,6 +67,11 @@ class Compression:
         """Whether a file is of use only to who has the model that its update began from."""
         return self.delta or self.codec == "topk"
 
+    @property
+    def keeps_unsent(self) -> bool:
+        """Whether an owner keeps what it did not send, and adds it to its next update."""
+        return self.codec == "topk"
+
 
 PLAIN = Compression()
 

@@ -122,6 +122,41 @@ class RoundReport:
         return self.closed_by == UNDERWAY
 
 
+def report_without_merging(
+    *,
+    round: int,
+    next_round: int,
+    closed_by: str,
+    members: int,
+    seconds: float,
+    model_hash: str,
+    metrics: Mapping[str, float],
+    exchange_seconds: float = 0.0,
+    aggregate_seconds: float = 0.0,
+    late: bool = False,
+    attested: bool | None = None,
+) -> RoundReport:
+    """Of a call in which nothing was averaged here: a solo or missed round, or one under way."""
+    return RoundReport(
+        round=round,
+        next_round=next_round,
+        closed_by=closed_by,
+        members=members,
+        owners=(),
+        completeness=0.0,
+        bytes_payload=0,
+        bytes_duplicate=0,
+        bytes_uploaded=0,
+        seconds=seconds,
+        exchange_seconds=exchange_seconds,
+        aggregate_seconds=aggregate_seconds,
+        model_hash=model_hash,
+        late=late,
+        attested=attested,
+        metrics=dict(metrics),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class UpdateProgress:
     """How much of one update is here.

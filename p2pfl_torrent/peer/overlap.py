@@ -9,7 +9,7 @@ import numpy as np
 import trio
 
 from p2pfl_torrent.core.overlap import carry_over
-from p2pfl_torrent.core.reports import UNDERWAY, RoundReport
+from p2pfl_torrent.core.reports import UNDERWAY, RoundReport, report_without_merging
 from p2pfl_torrent.core.tensors import Array, Arrays, ModelSpec
 from p2pfl_torrent.peer.rounds import Merged, Rounds
 
@@ -152,19 +152,12 @@ class Overlap:
     def _report(self, began: float, metrics: Mapping[str, float]) -> RoundReport:
         """Of a call before which no round was under way."""
         round = self._rounds.round
-        return RoundReport(
+        return report_without_merging(
             round=round,
             next_round=round + 1,
             closed_by=UNDERWAY,
             members=self._rounds.members,
-            owners=(),
-            completeness=0.0,
-            bytes_payload=0,
-            bytes_duplicate=0,
-            bytes_uploaded=0,
             seconds=trio.current_time() - began,
-            exchange_seconds=0.0,
-            aggregate_seconds=0.0,
             model_hash=self._rounds.base_hash.hex(),
-            metrics=dict(metrics),
+            metrics=metrics,
         )

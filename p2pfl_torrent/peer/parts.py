@@ -153,7 +153,7 @@ class Making:
             enabled=self.config.bittorrent.enable,
             residuals=(
                 Residuals(self.state_dir, self.layout)
-                if self.layout.compression.codec == "topk"
+                if self.layout.compression.keeps_unsent
                 else None
             ),
             controls=(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,12 @@ from p2pfl_torrent.core.errors import CompressionError, P2PFLError
 from p2pfl_torrent.core.genesis import Genesis, RoundTerms
 from p2pfl_torrent.core.manifest import Manifest, UpdateId, hash_blocks, make_manifest
 from p2pfl_torrent.core.peers import PeerId, Sign
-from p2pfl_torrent.core.reports import ImportanceSwitched, RoundReport, RoundStarted
+from p2pfl_torrent.core.reports import (
+    ImportanceSwitched,
+    RoundReport,
+    RoundStarted,
+    report_without_merging,
+)
 from p2pfl_torrent.core.tensors import Array, Arrays, model_hash
 from p2pfl_torrent.core.versions import Source, all_finite
 from p2pfl_torrent.exchange.driver import Exchange
@@ -45,6 +50,10 @@ def kept_checkpoints(compression: Compression, terms: RoundTerms) -> int:
     if terms.fill == "recycle" or (terms.fill == "last" and compression.needs_base):
         oldest = max(oldest, terms.fill_max_age)
     return max(KEPT_CHECKPOINTS, oldest + 1)
+
+
+_Encoded = Callable[[int, KeepUnsent | None], list[bytes | memoryview]]
+"""Makes one chunk's file in parts, given the chunk's index and a taker of what is left out."""
 
 
 class UpdateError(P2PFLError):
@@ -306,27 +315,13 @@ class Rounds:
         base = self._checkpoints.load(round - 1) if layout.compression.needs_base else None
         unsent = self._residuals.before(round) if self._residuals is not None else None
 
-        def encoded(index: int, keep: KeepUnsent | None = None) -> list[bytes | memoryview]:
+        def encoded(index: int, keep: KeepUnsent | None) -> list[bytes | memoryview]:
             return list(encode_file(layout, index, arrays, base, unsent, keep))
-
-        def describe(keep: KeepUnsent | None) -> tuple[list[int], list[bytes]]:
-            sizes, hashes = [], []
-            for index in range(len(layout.chunks)):
-                parts = encoded(index, keep)
-                sizes.append(sum(map(len, parts)))
-                hashes.append(hash_blocks(parts, layout.block_size))
-            return sizes, hashes
-
-        def describe_and_keep() -> tuple[list[int], list[bytes]]:
-            if self._residuals is None:
-                return describe(None)
-            with self._residuals.draft(round) as keep:
-                return describe(keep)
 
         last, start = await self._last_delivered(), partial(self._checkpoints.load, round - 1)
         ranks = await trio.to_thread.run_sync(self._scorer.ranks, round, arrays, last, start)
         try:
-            sizes, hashes = await trio.to_thread.run_sync(describe_and_keep)
+            sizes, hashes = await trio.to_thread.run_sync(self._described, encoded)
         except CompressionError as error:
             raise UpdateError(f"{error} This update was not shared.") from error
         manifest = make_manifest(
@@ -343,11 +338,29 @@ class Rounds:
         )
         if self._controls is not None:
             await trio.to_thread.run_sync(self._controls.keep, round, arrays)
+        await self._store_chunks(manifest, encoded)
+        return manifest
+
+    def _described(self, encoded: _Encoded) -> tuple[list[int], list[bytes]]:
+        """Sizes and block hashes of the update's chunk files; what a codec leaves out is kept."""
+        with ExitStack() as stack:
+            keep = None
+            if self._residuals is not None:
+                keep = stack.enter_context(self._residuals.draft(self.round))
+            sizes, hashes = [], []
+            for index in range(len(self._layout.chunks)):
+                parts = encoded(index, keep)
+                sizes.append(sum(map(len, parts)))
+                hashes.append(hash_blocks(parts, self._layout.block_size))
+        return sizes, hashes
+
+    async def _store_chunks(self, manifest: Manifest, encoded: _Encoded) -> None:
+        """Store an update of our own, manifest first; nothing of it stays if that fails."""
         self._store.put_manifest(manifest)
         try:
-            for index in range(len(layout.chunks)):
+            for index in range(len(self._layout.chunks)):
                 offset = 0
-                for part in await trio.to_thread.run_sync(encoded, index):
+                for part in await trio.to_thread.run_sync(encoded, index, None):
                     for begin in range(0, len(part), WRITTEN_AT_A_TIME):
                         piece = part[begin : begin + WRITTEN_AT_A_TIME]
                         self._store.write(manifest.update, index, offset + begin, piece)
@@ -357,7 +370,6 @@ class Rounds:
         except BaseException:
             self._store.forget([manifest.update])  # nobody knows of it, and there may be another
             raise
-        return manifest
 
     async def _last_delivered(self) -> LastDelivered:
         """Our update of the round before, or the round's start weights where there is none."""
@@ -483,23 +495,18 @@ class Rounds:
         if taken is None:
             return None
         await self.take_over(taken)
-        report = RoundReport(
+        report = report_without_merging(
             round=missed,
             next_round=taken.round,
             closed_by=TAKEN,
             members=self.members,
-            owners=(),
-            completeness=0.0,
-            bytes_payload=0,
-            bytes_duplicate=0,
-            bytes_uploaded=0,
             seconds=trio.current_time() - underway.began,
             exchange_seconds=underway.closed - underway.began,
             aggregate_seconds=trio.current_time() - underway.closed,
             model_hash=taken.base_hash.hex(),
             late=True,
             attested=taken.attested,
-            metrics=dict(metrics),
+            metrics=metrics,
         )
         return Merged(self.weights(taken.arrays), report, self.own_controls())
 
@@ -518,21 +525,14 @@ class Rounds:
             if self._controls is not None:
                 await trio.to_thread.run_sync(self._controls.keep, round, arrays)
             await self.begin(round + 1, state, base_hash)
-        report = RoundReport(
+        report = report_without_merging(
             round=round,
             next_round=self.round,
             closed_by="solo",
             members=self.members,
-            owners=(),
-            completeness=0.0,
-            bytes_payload=0,
-            bytes_duplicate=0,
-            bytes_uploaded=0,
             seconds=trio.current_time() - began,
-            exchange_seconds=0.0,
-            aggregate_seconds=0.0,
             model_hash=base_hash.hex(),
-            metrics=dict(metrics),
+            metrics=metrics,
         )
         return Merged(None, report)
 

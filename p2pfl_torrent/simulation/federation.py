@@ -255,7 +255,7 @@ class Federation:
         def keep(part: TensorSlice, rows: Array) -> None:
             slice_of(left[layout.spec.tensors[part.tensor].name], part)[...] = rows
 
-        unsent = self._unsent.get(peer) if layout.compression.needs_base else None
+        unsent = self._unsent.get(peer) if layout.compression.keeps_unsent else None
         files = [
             b"".join(encode_file(layout, k, trained, start, unsent, keep))
             for k in range(len(layout.chunks))

@@ -6,11 +6,25 @@ from pathlib import Path
 import pytest
 
 from benchmarks import training
+from benchmarks.member import model
+from benchmarks.training_loop import Ballast
 from benchmarks.training_node import Window
+from p2pfl_torrent.config import PeerConfig
 from p2pfl_torrent.core.peers import PeerId
 from p2pfl_torrent.core.reports import ChunkReceived, ManifestSeen
+from p2pfl_torrent.peer.model import LocalModel
 
 HERE, THERE = PeerId("here"), PeerId("there")
+
+
+def test_the_end_with_torch_and_the_one_without_cut_alike(tmp_path: Path) -> None:
+    spec = training.Bench(150.0, 50.0, 1, tmp_path)._spec(0, [])
+    config = PeerConfig.from_mapping(spec.config)
+    with_torch = LocalModel(config, Ballast(spec), evaluate=None, optimizer=None, calibration=None)
+    shapes = model(spec)
+    assert with_torch.spec == shapes
+    theirs = config.plan_layout(with_torch.spec, with_torch.architecture)
+    assert theirs.digest == config.plan_layout(shapes).digest
 
 
 def batches(*times: float) -> list[tuple[float, float]]:
